@@ -65,22 +65,27 @@ ExpertView MoeOp::view(int layer_idx, int64_t expert, Level level) const {
   return view;
 }
 
-void MoeOp::forward(int layer_idx, const MoeInput& in, void* out, uint8_t* used) {
-  MoeLayer& layer = layers_.at(layer_idx);
+std::unique_ptr<Session> MoeOp::session(int layer_idx, const std::vector<int32_t>& experts) {
+  const MoeLayer& layer = layers_.at(layer_idx);
+  std::vector<Need> needs;
+  needs.reserve(experts.size());
+  for (int32_t e : experts)
+    needs.push_back({layer.first_record + e * kNumRecords, layer.min_level.at(e), layer.want_level[e]});
+  return engine_.session(needs);
+}
+
+void MoeOp::forward(int layer_idx, const MoeInput& in, void* out, uint8_t* used,
+                    const std::vector<int32_t>& ahead) {
+  const MoeLayer& layer = layers_.at(layer_idx);
   const int64_t num_experts = static_cast<int64_t>(layer.min_level.size());
   const int64_t H = layer.spec.geometry.hidden;
   if (in.T == 0) return;
   const PairsByExpert grouped = group_pairs(in, num_experts);
-  const int num_chosen = static_cast<int>(grouped.expert.size());
   const size_t scratch = static_cast<size_t>(in.T * in.K * H);
   if (pair_out_.size() < scratch) pair_out_.resize(scratch);
 
-  std::vector<Need> needs;
-  needs.reserve(num_chosen);
-  for (int32_t e : grouped.expert)
-    needs.push_back({layer.first_record + e * kNumRecords, layer.min_level[e], layer.want_level[e]});
-
-  std::unique_ptr<Session> session = engine_.session(needs);
+  std::unique_ptr<Session> session = this->session(layer_idx, grouped.expert);
+  if (!ahead.empty()) engine_.request(ahead, Priority::prefetch, 1);
   std::vector<Ready> ready;
   std::vector<ExpertView> views;
   std::vector<FfnTask> tasks;

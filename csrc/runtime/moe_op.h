@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 #include "../cpu/expert_ffn.h"
@@ -37,7 +38,12 @@ class MoeOp {
   // out[t, :] = sum_k weights[t, k] * expert(expert_idx[t, k])(x[t, :]).  out: [T, H] of x_dtype.
   // Hits are computed while misses load; what does not fit at once is computed in waves.
   // `used` (may be null): [E], set to the level used + 1 for each expert that was computed.
-  void forward(int layer_idx, const MoeInput& input, void* out, uint8_t* used);
+  // `ahead`: records to prefetch, asked for once the layer's own demand is queued.
+  void forward(int layer_idx, const MoeInput& input, void* out, uint8_t* used,
+               const std::vector<int32_t>& ahead);
+
+  // A session over `experts` of a layer at their planned levels, for callers that compute themselves.
+  std::unique_ptr<Session> session(int layer_idx, const std::vector<int32_t>& experts);
 
   // The view of one resident, pinned expert at `level`.
   ExpertView view(int layer_idx, int64_t expert, Level level) const;
