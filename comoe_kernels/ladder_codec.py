@@ -72,8 +72,8 @@ class Shape:
 
     @property
     def matrices(self) -> tuple[tuple[int, int], ...]:
-        H, I = self.hidden, self.intermediate
-        return ((I, H), (I, H), (H, I)) if self.gated else ((I, H), (H, I))
+        up, down = (self.intermediate, self.hidden), (self.hidden, self.intermediate)
+        return (up, up, down) if self.gated else (up, down)
 
     @property
     def itemsize(self) -> int:
@@ -89,7 +89,9 @@ class Shape:
         return -(-rows // BLOCK_ROWS), -(-cols // BLOCK_COLS), -(-cols // GROUP_COLS)
 
     def bias_offset(self, m: int) -> int:
-        return len(self.matrices) * _HEADER.itemsize + sum(_up(rows * 4, 64) for rows, _ in self.matrices[:m])
+        return len(self.matrices) * _HEADER.itemsize + sum(
+            _up(rows * 4, 64) for rows, _ in self.matrices[:m]
+        )
 
     def exact_bias_offset(self, m: int) -> int:
         return sum(_up(rows * self.itemsize, 64) for rows, _ in self.matrices[:m])
@@ -130,14 +132,20 @@ def _untile(blocks: np.ndarray, rows: int, cols: int) -> np.ndarray:
 def _blocks_of(quads: np.ndarray) -> np.ndarray:
     """[tiles, blocks, quad 8, lane 64] -> [tiles, blocks, 16, 32]: lane L of quad q is row L // 4, column 4 q + L % 4."""
     tiles, blocks = quads.shape[:2]
-    return quads.reshape(tiles, blocks, 8, BLOCK_ROWS, 4).transpose(0, 1, 3, 2, 4).reshape(tiles, blocks, 16, 32)
+    return (
+        quads.reshape(tiles, blocks, 8, BLOCK_ROWS, 4)
+        .transpose(0, 1, 3, 2, 4)
+        .reshape(tiles, blocks, 16, 32)
+    )
 
 
 def _plane(payload: np.ndarray, shape: Shape, record: int, m: int) -> np.ndarray:
     """The code bits that a record adds, right-aligned: [tiles, blocks, quad 8, lane 64]."""
     tiles, blocks, _ = shape.tiles(m)
     at = shape.blocks_offset(record, m)
-    raw = payload[at : at + tiles * blocks * shape.block_bytes(record)].reshape(tiles, blocks, -1, 64)
+    raw = payload[at : at + tiles * blocks * shape.block_bytes(record)].reshape(
+        tiles, blocks, -1, 64
+    )
     if record == 0:  # vector v holds quads 4v..4v+3, two bits each
         return np.stack([raw[:, :, q // 4] >> (2 * (q % 4)) & 3 for q in range(8)], axis=2)
     if record == 3:  # vector v holds quads 2v (low nibble) and 2v + 1
@@ -166,12 +174,19 @@ def decode_ref(shape: Shape, payloads: Sequence[np.ndarray], level: int, m: int)
         if shape.exact_dtype == FP32:  # vector c, element row
             whole = raw.view("<f4").reshape(tiles, blocks, 32, 16).transpose(0, 1, 3, 2)
         else:  # vector p, element 2 * row + i = column 2 p + i
-            whole = raw.view("<u2").reshape(tiles, blocks, 16, 16, 2).transpose(0, 1, 3, 2, 4).reshape(tiles, blocks, 16, 32)
+            whole = (
+                raw.view("<u2")
+                .reshape(tiles, blocks, 16, 16, 2)
+                .transpose(0, 1, 3, 2, 4)
+                .reshape(tiles, blocks, 16, 32)
+            )
         return np.ascontiguousarray(_untile(whole, rows, cols))
 
     header = payloads[0][m * _HEADER.itemsize : (m + 1) * _HEADER.itemsize].view(_HEADER)[0]
     at = shape.params_offset(m)
-    params = payloads[0][at : at + tiles * groups * _PARAMS_BYTES].reshape(tiles, groups, 2, BLOCK_ROWS)
+    params = payloads[0][at : at + tiles * groups * _PARAMS_BYTES].reshape(
+        tiles, groups, 2, BLOCK_ROWS
+    )
     per_row = params.transpose(2, 0, 3, 1).reshape(2, tiles * BLOCK_ROWS, groups)
     scale_q, zero = np.repeat(per_row, GROUP_COLS, axis=2)[:, :rows, :cols].astype(np.float32)
     scale = np.exp2(header["log2_min"] + header["log2_step"] * scale_q)
@@ -185,6 +200,8 @@ def bias_ref(shape: Shape, payloads: Sequence[np.ndarray], level: int, m: int) -
     rows = shape.matrices[m][0]
     if level == EXACT_LEVEL:
         at = shape.exact_bias_offset(m)
-        return payloads[4][at : at + rows * shape.itemsize].view("<f4" if shape.exact_dtype == FP32 else "<u2")
+        return payloads[4][at : at + rows * shape.itemsize].view(
+            "<f4" if shape.exact_dtype == FP32 else "<u2"
+        )
     at = shape.bias_offset(m)
     return payloads[0][at : at + rows * 4].view("<f4")
