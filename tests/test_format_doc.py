@@ -48,8 +48,8 @@ class PlainReader:
 
     def record(self, e, r):
         entry = self.records_offset + 64 * (e * self.R + r)
-        kind, bits, flags, parent, replaces, shared, crc, offset, nbytes, at, size = (
-            struct.unpack_from("<HBBiQiIQQII", self.raw, entry)
+        kind, bits, flags, parent, replaces, shared, crc, offset, nbytes, *_ = struct.unpack_from(
+            "<HBBiQiIQQII", self.raw, entry
         )
         exact_bits = 8 * self.item
         assert (kind, bits, parent, replaces) == [
