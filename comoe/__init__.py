@@ -17,18 +17,18 @@ __version__ = "0.1.0"
 # name -> module that defines it
 _EXPORTS = {
     "CoMoEConfig": "comoe.config",
-    "load": "comoe.load",
-    "load_tokenizer": "comoe.load",
-    "offload": "comoe.load",
-    "pack": "comoe.pack",
-    "register": "comoe.load",
+    "load": "comoe.loading",
+    "load_tokenizer": "comoe.loading",
+    "offload": "comoe.loading",
+    "pack": "comoe.packing",
+    "register": "comoe.loading",
 }
 __all__ = ["CoMoEConfig", "__version__", "load", "load_tokenizer", "offload", "pack", "register"]
 
 if TYPE_CHECKING:
     from comoe.config import CoMoEConfig
-    from comoe.load import load, load_tokenizer, offload, register
-    from comoe.pack import pack
+    from comoe.loading import load, load_tokenizer, offload, register
+    from comoe.packing import pack
 
 
 def __getattr__(name: str):
