@@ -118,7 +118,7 @@ def _small(config_class: type[PreTrainedConfig], special: dict) -> dict:
     for name, value in known.items():
         if name in special or (hasattr(default, name) and getattr(default, name) is not None):
             out[name] = value
-    for name, sub in (getattr(config_class, "sub_configs", None) or {}).items():
+    for name in getattr(config_class, "sub_configs", None) or {}:
         current = getattr(default, name, None)
         if name not in special and isinstance(current, PreTrainedConfig):
             out[name] = _small(type(current), {})

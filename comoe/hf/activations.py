@@ -45,8 +45,10 @@ def activation_ref(
 
 def _probe(gated: bool) -> torch.Tensor:
     # Fine steps where activations curve, and magnitudes to 1e6 that reveal any clamp.
-    fine = torch.linspace(-12, 12, 97)
-    wide = torch.logspace(1.2, 6, 25)
+    # Device and type are said because models are built under other defaults (meta, bf16).
+    here = {"device": "cpu", "dtype": torch.float32}
+    fine = torch.linspace(-12, 12, 97, **here)
+    wide = torch.logspace(1.2, 6, 25, **here)
     points = torch.cat([fine, wide, -wide])
     if not gated:
         return points[None]

@@ -90,3 +90,15 @@ def detach(blocks: Sequence[MoEBlock]) -> None:
         bound = getattr(block.module, "_comoe", None)
         if bound is not None:
             bound.runtime = None
+
+
+def refuse_saving(model: nn.Module, instead: str) -> None:
+    """`model.save_pretrained` would write a checkpoint without experts: make it an error."""
+
+    def save_pretrained(*args: object, **kwargs: object) -> None:
+        raise RuntimeError(
+            f"save_pretrained: the expert weights of this {type(model).__name__} are in comoe's store, "
+            f"not in the model; {instead}."
+        )
+
+    model.save_pretrained = save_pretrained
