@@ -118,6 +118,11 @@ def _small(config_class: type[PreTrainedConfig], special: dict) -> dict:
     for name, value in known.items():
         if name in special or (hasattr(default, name) and getattr(default, name) is not None):
             out[name] = value
+    if hasattr(default, "qk_rope_head_dim"):
+        # Latent attention: head_dim is what rotary embeddings turn, and every head has its own key.
+        out["num_key_value_heads"] = out["num_attention_heads"]
+        if hasattr(default, "head_dim"):
+            out["head_dim"] = out["qk_rope_head_dim"]
     for name in getattr(config_class, "sub_configs", None) or {}:
         current = getattr(default, name, None)
         if name not in special and isinstance(current, PreTrainedConfig):

@@ -7,6 +7,7 @@ is one; what else a family's router does (groups, noise, norms) moves the guess,
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -73,7 +74,7 @@ class NextGate:
     ) -> None:
         self._k = experts_per_token
         self._gates: list[Gate | None] = []
-        for before, block in zip(blocks, blocks[1:], strict=False):
+        for before, block in itertools.pairwise(blocks):
             # An encoder's last layer says nothing of the decoder's first: other tokens.
             same_stack = _stack(before.name) == _stack(block.name)
             same_width = before.spec.hidden == block.spec.hidden
