@@ -11,7 +11,6 @@ import copy
 import hashlib
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,7 +28,7 @@ from transformers.core_model_loading import (
 from comoe.hf.blocks import MoEBlock, UnsupportedModelError, discover
 from comoe.hf.safetensors_io import CheckpointError, TensorEntry, read_header
 
-EXACT_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+EXACT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass
@@ -87,6 +86,11 @@ class Checkpoint:
         """Bytes in the checkpoint of one block's experts."""
         return sum(self.tensors[key].nbytes for u in self._units[block_idx] for _, key in u.sources)
 
+    def block_dtype(self, block_idx: int) -> torch.dtype:
+        """The type that load_block will give, known before anything is read."""
+        entries = [self.tensors[key] for u in self._units[block_idx] for _, key in u.sources]
+        return _common_dtype(self.blocks[block_idx].name, [entry.torch_dtype for entry in entries])
+
     def fingerprint(self) -> str:
         """Identifies the source: names, shapes and places of tensors, file sizes and times, config."""
         digest = hashlib.sha256((self.folder / "config.json").read_bytes())
@@ -109,6 +113,8 @@ class Checkpoint:
             if name in self._pending:
                 found[name] = self._pending.pop(name)
         for unit in self._units[block_idx]:
+            if all(name in found for name in unit.targets() if name in wanted):
+                continue
             for name, tensor in self._convert(unit).items():
                 # A unit may feed two blocks (text and vision experts stored as one list).
                 (found if name in wanted else self._pending)[name] = tensor
@@ -121,7 +127,7 @@ class Checkpoint:
                     f"{name}: config.json asks for shape {tuple(expected)}, the checkpoint has "
                     f"{tuple(found[name].shape)}. The config does not belong to these weights."
                 )
-        dtype = _common_dtype(block.name, [t.dtype for t in found.values()])
+        dtype = self.block_dtype(block_idx)
         return {wanted[name]: tensor.to(dtype) for name, tensor in found.items() if name in wanted}
 
     def _convert(self, unit: Unit) -> dict[str, torch.Tensor]:
@@ -179,7 +185,8 @@ class Checkpoint:
                     f"{type(self.model).__name__}: {unit.sources[0][1]} holds expert and other weights "
                     "in one tensor, which comoe cannot pack."
                 )
-            per_block[min(owners)].append(unit)
+            for block_idx in owners:
+                per_block[block_idx].append(unit)
             experts.update(key for _, key in unit.sources)
         dense = [key for key in keys if key not in experts]
         return per_block, dense, unused
@@ -313,8 +320,3 @@ def _common_dtype(name: str, dtypes: list[torch.dtype]) -> torch.dtype:
             "float16."
         )
     return common
-
-
-def iter_blocks(checkpoint: Checkpoint) -> Iterator[tuple[MoEBlock, dict[str, torch.Tensor]]]:
-    for i, block in enumerate(checkpoint.blocks):
-        yield block, checkpoint.load_block(i)

@@ -8,7 +8,10 @@ import numpy as np
 import torch
 
 from comoe.hf.layouts import Expert
+from comoe.runtime.spec import ExpertsSpec
+from comoe.store import LayerSpec
 
+EXACT_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 Arrays = tuple[list[np.ndarray], list[np.ndarray]]
 
 
@@ -24,3 +27,18 @@ def to_arrays(experts: Iterable[Expert]) -> Iterator[Arrays]:
     """(matrices, biases) of each expert, contiguous, one expert at a time."""
     for expert in experts:
         yield [to_numpy(m) for m in expert.matrices], [to_numpy(b) for b in expert.biases]
+
+
+def layer_spec(spec: ExpertsSpec, dtype: torch.dtype) -> LayerSpec:
+    """What the store writes down of a layer."""
+    return LayerSpec(
+        num_experts=spec.num_experts,
+        hidden=spec.hidden,
+        intermediate=spec.intermediate,
+        gated=spec.gated,
+        biased=spec.biased,
+        activation=spec.activation,
+        alpha=spec.alpha,
+        limit=spec.limit,
+        exact_dtype=EXACT_DTYPES[dtype],
+    )

@@ -49,12 +49,15 @@ class TensorEntry:
     offset: int
     nbytes: int
 
-    def read(self) -> torch.Tensor:
+    @property
+    def torch_dtype(self) -> torch.dtype:
         dtype = DTYPES.get(self.dtype)
         if dtype is None:
-            raise CheckpointError(
-                f"{self.path.name}: tensor {self.name} has unknown type {self.dtype}"
-            )
+            raise CheckpointError(f"{self.path}: tensor {self.name} has unknown type {self.dtype}")
+        return dtype
+
+    def read(self) -> torch.Tensor:
+        dtype = self.torch_dtype
         data = torch.empty(self.nbytes, dtype=torch.uint8)
         if self.nbytes:
             with open(self.path, "rb") as file:
