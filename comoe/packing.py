@@ -20,8 +20,24 @@ from comoe.config import format_bytes
 SHARD_BYTES = 4_000_000_000
 SLACK_BYTES = 64_000_000  # room beyond the sizes known beforehand: small files, file system tables
 SOURCE_FILE = ".comoe-source"
-WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx", ".ckpt"}
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
+WEIGHT_SUFFIXES = {
+    ".safetensors",
+    ".bin",
+    ".pt",
+    ".pth",
+    ".gguf",
+    ".h5",
+    ".msgpack",
+    ".onnx",
+    ".ckpt",
+}
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "vocab.json",
+    "vocab.txt",
+)
 
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
@@ -65,7 +81,9 @@ def pack(
 
     src, dst = Path(src), Path(os.path.abspath(dst))
     if dst == src.resolve() or src.resolve() in dst.parents:
-        raise PackError(f"pack: {dst} is the source folder or lies in it; choose another destination")
+        raise PackError(
+            f"pack: {dst} is the source folder or lies in it; choose another destination"
+        )
     checkpoint = Checkpoint(src)
     mark = checkpoint.fingerprint()
     if dst.exists() and not overwrite:
@@ -151,7 +169,9 @@ class _Packing:
             shards[-1].append(entry)
         names = ["model.safetensors"]
         if len(shards) > 1:
-            names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+            names = [
+                f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))
+            ]
         for name, shard in zip(names, shards, strict=True):
             if (self.folder / name).exists():  # whole: it got its name by a rename
                 self._advance(sum(entry.nbytes for entry in shard))
@@ -160,7 +180,9 @@ class _Packing:
         if len(shards) > 1:
             index = {
                 "metadata": {"total_size": self.checkpoint.dense_bytes},
-                "weight_map": {e.name: n for n, shard in zip(names, shards, strict=True) for e in shard},
+                "weight_map": {
+                    e.name: n for n, shard in zip(names, shards, strict=True) for e in shard
+                },
             }
             path = self.folder / "model.safetensors.index.json"
             path.write_text(json.dumps(index, indent=2) + "\n")
@@ -205,7 +227,9 @@ def _locked(partial: Path) -> Iterator[None]:
             partial.mkdir(parents=True, exist_ok=True)
             fd = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
         except OSError as error:
-            raise PackError(f"pack: cannot write to {partial}: {error}; choose another folder") from error
+            raise PackError(
+                f"pack: cannot write to {partial}: {error}; choose another folder"
+            ) from error
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -25,7 +25,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from comoe.hf.blocks import MoEBlock, UnsupportedModelError, discover
+from comoe.hf.blocks import UnsupportedModelError, discover
 from comoe.hf.safetensors_io import CheckpointError, TensorEntry, read_header
 
 EXACT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -89,7 +89,7 @@ class Checkpoint:
     def block_dtype(self, block_idx: int) -> torch.dtype:
         """The type that load_block will give, known before anything is read."""
         entries = [self.tensors[key] for u in self._units[block_idx] for _, key in u.sources]
-        return _common_dtype(self.blocks[block_idx].name, [entry.torch_dtype for entry in entries])
+        return common_dtype(self.blocks[block_idx].name, [entry.torch_dtype for entry in entries])
 
     def fingerprint(self) -> str:
         """Identifies the source: names, shapes and places of tensors, file sizes and times, config."""
@@ -310,7 +310,7 @@ def _indexed(folder: Path, index: Path) -> dict[str, TensorEntry]:
     return {key: entries[key] for key in places}
 
 
-def _common_dtype(name: str, dtypes: list[torch.dtype]) -> torch.dtype:
+def common_dtype(name: str, dtypes: list[torch.dtype]) -> torch.dtype:
     common = dtypes[0]
     for dtype in dtypes[1:]:
         common = torch.promote_types(common, dtype)
