@@ -83,7 +83,7 @@ $(VENV)/.installed: pyproject.toml setup.py $(VENV)/.packages
 
 $(VENV)/.packages: requirements.txt $(VENV)/.python
 	@echo "installing the packages of requirements.txt into $(VENV) (some minutes the first time)"
-	@$(BIN)/python -m pip install -q --no-deps $(PIP_ARGS) -r requirements.txt
+	@$(BIN)/python -m pip install -q $(PIP_ARGS) -r requirements.txt
 	@touch $@
 
 # `PYTHON` is checked when it is given; otherwise the first one that will do is taken.
