@@ -14,13 +14,14 @@ from comoe.policy.plan import EXACT, LEVEL_MASKS, EvenPlanner, Plan, Planner
 from comoe.policy.predictor import NoPredictor, Predictor, PrefetchGauge
 from comoe.policy.upgrades import LastUsedFirst, UpgradePolicy
 from comoe.runtime.budget import Budget, ModelSizes
-from comoe.runtime.engine import NUM_RECORDS, Records, open_engine, store_sizes
+from comoe.runtime.engine import Records, open_engine, store_sizes
 from comoe.runtime.prefill import forward_unpacked
 from comoe.runtime.spec import ExpertsSpec
 from comoe.store import Store
 from comoe_kernels.expert_ffn import PREFILL_ROWS
 from comoe_kernels.threads import share_torch_threads
 
+PREFETCH, UPGRADE = 1, 2  # classes of transfers
 STAGING_BYTES = 8_000_000  # read buffers, scratch of the kernels, tables of the engine
 CALM_STEPS = 8  # steps without pressure before the pool takes back what it lent
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -55,7 +56,9 @@ class Runtime:
         self._lock = threading.RLock()  # one step, or one change of budget, at a time
         self._closed = False
         self._calm = 0
-        share_torch_threads(config.threads)
+        share_torch_threads()
+        if config.threads:
+            _C.set_num_threads(config.threads)
 
         self.store_sizes = store_sizes(store, experts_per_token)
         floor = int(self.store_sizes.level_bytes(EXACT if config.exact else 0).max())
@@ -119,7 +122,7 @@ class Runtime:
         used = np.zeros(spec.num_experts, np.uint8)
         rows_per_expert = tokens * k / min(spec.num_experts, max(tokens * k, 1))
         if spec.runs_in_torch or rows_per_expert >= PREFILL_ROWS:
-            out = forward_unpacked(self, layer_idx, hidden, index, weights, used, ahead)
+            out = forward_unpacked(self._op, layer_idx, spec, hidden, index, weights, used, ahead)
         else:
             out = torch.empty((tokens, spec.hidden), dtype=hidden.dtype)
             self._op.forward(
@@ -193,8 +196,9 @@ class Runtime:
     def _make_plan(self, pool_bytes: int | None = None) -> Plan:
         if pool_bytes is None:
             pool_bytes = self.budget.planned_pool(self.config.max_context)
-        largest = EXACT if self.config.exact else EXACT
-        pool_bytes = min(pool_bytes, self.store_sizes.total(largest) + self.budget.pool_floor)
+        # More than all experts in full is never of use, but a slab of room to move is.
+        most = self.store_sizes.total(EXACT) + self.budget.pool_floor
+        pool_bytes = min(pool_bytes, most)
         return self.planner.plan(self.store_sizes, pool_bytes, exact=self.config.exact)
 
     def _govern(self, coming: int) -> None:
@@ -281,5 +285,3 @@ class Runtime:
                 if self._on_close:
                     self._on_close()
 
-
-UPGRADE = 2

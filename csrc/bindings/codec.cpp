@@ -1,17 +1,15 @@
-// The one place where Python meets the native code. Sections: ladder codec, engine, CPU kernels,
-// device.
-#include <pybind11/numpy.h>
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
+// The ladder codec, and the geometry of an expert.
+#include <string>
+#include <utility>
+#include <vector>
 
-#include "ladder/codec.h"
-#include "storage/crc32c.h"
+#include "../ladder/codec.h"
+#include "../storage/crc32c.h"
 
-namespace py = pybind11;
-using namespace comoe;
+#include "bindings.h"
 
-// ---- ladder codec
-// ---------------------------------------------------------------------------------------------
+namespace comoe {
+
 static DType exact_dtype_of(int value) {
   if (value < 0 || value > 2)
     throw std::invalid_argument("exact_dtype must be 0 (fp32), 1 (bf16) or 2 (fp16), got " +
@@ -105,7 +103,7 @@ static py::list encode_expert_py(const py::list& matrices, const py::list& biase
   return out;
 }
 
-static void bind_codec(py::module_& m) {
+void bind_codec(py::module_& m) {
   py::class_<ExpertGeometry>(
       m, "Geometry", "Shape of an expert's ladder: bytes and offsets in its records' payloads.")
       .def(py::init(&geometry_of), py::arg("hidden"), py::arg("intermediate"), py::arg("gated"),
@@ -159,22 +157,4 @@ static void bind_codec(py::module_& m) {
       "CRC-32C of a buffer's bytes, continuing from `seed`.");
 }
 
-// ---- engine
-// ---------------------------------------------------------------------------------------------------
-static void bind_engine(py::module_& m) {}
-
-// ---- CPU kernels
-// ----------------------------------------------------------------------------------------------
-static void bind_cpu(py::module_& m) {}
-
-// ---- device (CUDA, when built with it)
-// ------------------------------------------------------------------------
-static void bind_device(py::module_& m) {}
-
-PYBIND11_MODULE(_C, m) {
-  m.doc() = "Native half of comoe.";
-  bind_codec(m);
-  bind_engine(m);
-  bind_cpu(m);
-  bind_device(m);
-}
+}  // namespace comoe
