@@ -8,12 +8,12 @@
 using namespace comoe;
 
 static int failures = 0;
-#define CHECK(condition)                                              \
-  do {                                                                \
-    if (!(condition)) {                                               \
+#define CHECK(condition)                                                   \
+  do {                                                                     \
+    if (!(condition)) {                                                    \
       std::fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition); \
-      ++failures;                                                     \
-    }                                                                 \
+      ++failures;                                                          \
+    }                                                                      \
   } while (0)
 
 // One bit at a time, straight from the polynomial.
@@ -34,7 +34,8 @@ static void test_crc32c() {
   for (auto& byte : data) byte = (state = state * 1664525 + 1013904223) >> 24;
   // Every length around the loops' borders (8, 3072), from every alignment.
   for (size_t align = 0; align < 8; ++align)
-    for (size_t bytes : {0, 1, 7, 8, 9, 63, 1023, 1024, 3071, 3072, 3073, 3080, 6143, 6144, 9217, 19991}) {
+    for (size_t bytes :
+         {0, 1, 7, 8, 9, 63, 1023, 1024, 3071, 3072, 3073, 3080, 6143, 6144, 9217, 19991}) {
       const uint8_t* p = data.data() + align;
       const uint32_t expected = crc32c_ref(p, bytes);
       CHECK(crc32c(p, bytes) == expected);
