@@ -10,6 +10,7 @@
 
 #include "cpu/expert_ffn.h"
 #include "cpu/parallel.h"
+#include "cpu/stream.h"
 
 namespace py = pybind11;
 
@@ -177,6 +178,13 @@ static void bind_cpu(py::module_& m) {
   m.def("isa_name", &comoe::isa_name);
   m.def("isa_names", &comoe::isa_names);
   m.def("force_isa", &comoe::force_isa, py::arg("name"));
+  m.def(
+      "stream_read",
+      [](const Array<uint8_t>& data) {
+        const py::gil_scoped_release release;
+        return comoe::stream_read(data.data(), data.size() / 64 * 64);
+      },
+      py::arg("data"));
   m.def(
       "set_num_threads", [](int n) { comoe::Parallel::instance().set_num_threads(n); }, py::arg("num_threads"));
   m.def("num_threads", [] { return comoe::Parallel::instance().num_threads(); });
