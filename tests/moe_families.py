@@ -99,7 +99,13 @@ SMALL = {
 }
 
 # Set even where the default is None.
-ALWAYS = {"num_experts", "num_experts_per_tok", "n_routed_experts", "top_k_experts", "moe_intermediate_size"}
+ALWAYS = {
+    "num_experts",
+    "num_experts_per_tok",
+    "n_routed_experts",
+    "top_k_experts",
+    "moe_intermediate_size",
+}
 
 # Family -> fields that the rules above get wrong; "class" names the model where the text path alone
 # is tested (building the whole of some multimodal families is no test of experts).
@@ -237,14 +243,20 @@ def model_class(family: str) -> type[PreTrainedModel] | None:
 
 
 def build(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
+    """A tiny model on transformers' own eager experts, the same weights for the same seed."""
     cls = model_class(family)
-    if cls is None:
-        raise LookupError(f"{family}: no model class found")
     config = small_config(family, cls.config_class)
+    config._experts_implementation = "eager"
     torch.manual_seed(seed)
     model = cls(config).eval()
     spread(model)
     return model.to(dtype)
+
+
+def build_meta(family: str) -> PreTrainedModel:
+    cls = model_class(family)
+    with torch.device("meta"):
+        return cls(small_config(family, cls.config_class))
 
 
 @torch.no_grad()
