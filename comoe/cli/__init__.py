@@ -6,11 +6,14 @@ import os
 import sys
 from collections.abc import Sequence
 
-import click
 import typer
 
 from comoe.cli import commands
 from comoe.cli.common import UNEXPECTED, one_line
+
+# Wrong usage. typer brought click along until 0.28 and has a copy of its own since; either way the
+# base of its errors is the one that BadParameter has.
+_UsageProblem = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 app = typer.Typer(
     name="comoe",
@@ -32,12 +35,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         result = app(arguments, standalone_mode=False, prog_name="comoe")
         sys.stdout.flush()
         return result if isinstance(result, int) else 0
-    except click.exceptions.Exit as stop:
+    except typer.Exit as stop:
         return stop.exit_code
-    except (KeyboardInterrupt, click.exceptions.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         print("interrupted", file=sys.stderr)
         return 130
-    except click.ClickException as error:
+    except _UsageProblem as error:
         error.show()
         return error.exit_code
     except BrokenPipeError:

@@ -37,15 +37,22 @@ def add_to(app: typer.Typer) -> None:
         app.command("eval" if command is evaluate else command.__name__)(command)
 
 
-def callback(
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
-    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
-) -> None:
-    if version:
+def show_version(wanted: bool) -> None:
+    if wanted:
         from comoe import __version__
 
         print(__version__)
         raise typer.Exit()
+
+
+def callback(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    # --debug is looked at where errors are caught: it must hold before a command is found.
+    pass
 
 
 def load(path: str, memory: str | None, exact: bool, threads: int = 0, verify: bool = True) -> tuple[Any, Any]:
