@@ -19,7 +19,7 @@ from pathlib import Path
 CSRC = Path(__file__).resolve().parent
 ISA_FLAGS = {
     "_avx2": "-mavx2 -mfma -mf16c",
-    "_avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vbmi -mfma -mf16c",
+    "_avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c",
     "_vnni": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vbmi -mavx512vnni -mavx512bf16 -mfma -mf16c",
 }
 BASE_FLAGS = "-std=c++17 -O3 -g1 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-unused-parameter -pthread"
@@ -41,7 +41,7 @@ def is_x86(machine: str) -> bool:
 
 def engine_sources(machine: str) -> list[Path]:
     """All C++ sources except bindings and tests, without the x86 ones on other machines."""
-    found = sorted(p for p in CSRC.rglob("*.cpp") if "tests" not in p.parts and p.name != "bindings.cpp")
+    found = sorted(p for p in CSRC.rglob("*.cpp") if p.parent.name not in ("tests", "bindings"))
     return [p for p in found if is_x86(machine) or not any(p.stem.endswith(s) for s in ISA_FLAGS)]
 
 
@@ -208,15 +208,15 @@ def build_extension(build_dir: Path, output: Path) -> None:
     cuda_define = " -DCOMOE_CUDA=1" if cuda_sources else ""
     sources = engine_sources(machine)
     objects = {s: f"{BASE_FLAGS}{cuda_define} {source_flags(s)}" for s in sources}
-    bindings = CSRC / "bindings.cpp"
-    objects[bindings] = f"{BASE_FLAGS}{cuda_define} {include}"
+    bindings = sorted((CSRC / "bindings").glob("*.cpp"))
+    objects.update({s: f"{BASE_FLAGS}{cuda_define} {include}" for s in bindings})
     link_flags = "-pthread -Wl,--gc-sections"
     if cuda_sources:
         link_flags += " " + cuda_library_flags(nvcc)
     write_ninja(
         build_dir,
         objects,
-        {output: [*sources, bindings, *cuda_sources]},
+        {output: [*sources, *bindings, *cuda_sources]},
         cxx=find_cxx(),
         link_flags=link_flags,
         cuda_sources=cuda_sources,

@@ -2,25 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from comoe import memory
 from comoe.config import CoMoEConfig
 from comoe.hf.attach import attach, detach
 from comoe.hf.blocks import MoEBlock
+from comoe.hf.checkpoint import model_class, read_config
 from comoe.hf.routers import NextGate
 from comoe.hf.sizes import experts_per_token, model_sizes
 from comoe.runtime.runtime import Runtime
 from comoe.store import Store
 
 
+def load_packed(folder: Path, config: CoMoEConfig, dtype: str | torch.dtype = "auto") -> nn.Module:
+    """A packed folder as a model of transformers' own class, with `config` for this load."""
+    hf_config = read_config(folder)
+    hf_config.quantization_config["options"] = asdict(config)
+    return model_class(hf_config).from_pretrained(folder, config=hf_config, dtype=dtype)
+
+
 def start_runtime(
-    model: nn.Module, blocks: list[MoEBlock], store: Store, config: CoMoEConfig, baseline: int
+    model: nn.Module,
+    blocks: list[MoEBlock],
+    store: Store,
+    config: CoMoEConfig,
+    baseline: int,
+    on_close: Callable[[], None] = lambda: None,
 ) -> Runtime:
     """Binds `blocks`, whose weights lie in `store`, to a new Runtime and hangs it on the model."""
+
+    def close() -> None:
+        detach(blocks)
+        on_close()
+
     k = experts_per_token(model)
     intermediate = max(block.spec.intermediate for block in blocks)
     runtime = Runtime(
@@ -31,7 +50,7 @@ def start_runtime(
         experts_per_token=k,
         baseline=baseline,
         predictor=NextGate(model, blocks, k),
-        on_close=lambda: detach(blocks),
+        on_close=close,
     )
     attach(blocks, runtime)
     model.comoe = runtime

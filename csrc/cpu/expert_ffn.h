@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "../ladder/layout.h"
 
@@ -55,5 +56,7 @@ void unpack_bias(const ExpertGeometry& geometry, const ExpertView& expert, int m
 // takes one of these (for tests; throws if the CPU lacks it), or "auto".
 const char* isa_name();
 void force_isa(const char* name);
+// Those that this CPU can run, best first.
+std::vector<const char*> isa_names();
 
 }  // namespace comoe

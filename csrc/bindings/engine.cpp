@@ -1,0 +1,7 @@
+#include "bindings.h"
+
+namespace comoe {
+
+void bind_engine(py::module_& m) {}
+
+}  // namespace comoe

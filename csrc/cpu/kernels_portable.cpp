@@ -1,0 +1,7 @@
+#include "generic.h"
+
+namespace comoe {
+
+const Kernels kPortableKernels = {"portable", false, tile, load, store, prepare_group, activate, unpack_tile};
+
+}  // namespace comoe
