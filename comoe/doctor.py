@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from comoe import memory
+from comoe import __version__, memory
 from comoe.config import format_bytes
 
 READ_BYTES = 1 << 20
@@ -58,8 +58,8 @@ def native_module() -> Any | None:
 
 
 def versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for name in ("comoe", "torch", "transformers", "safetensors", "tokenizers", "numpy"):
+    found: dict[str, str | None] = {"comoe": __version__, "python": platform.python_version()}
+    for name in ("torch", "transformers", "safetensors", "tokenizers", "numpy"):
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

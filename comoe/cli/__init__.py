@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 import typer
@@ -31,6 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status: 0, 1 (error), 2 (wrong usage), 130 (Ctrl-C)."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = arguments[:1] == ["--debug"]
+    warnings.formatwarning = lambda message, *rest: f"warning: {' '.join(str(message).split())}\n"
     try:
         result = app(arguments, standalone_mode=False, prog_name="comoe")
         sys.stdout.flush()

@@ -108,6 +108,7 @@ def demo(
 def pack(
     source: Annotated[str, typer.Argument(metavar="SRC", help="A Hugging Face checkpoint folder.")],
     destination: Annotated[Path, typer.Argument(metavar="DST", help="The packed folder to make.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at DST.")] = False,
     as_json: Json = False,
 ) -> None:
     """Pack a checkpoint into a store that serves every memory budget.
@@ -125,7 +126,7 @@ def pack(
         quiet_transformers()
         begin = time.perf_counter()
         with bytes_bar(f"packing {Path(source).name}") as update:
-            comoe.pack(source, destination, progress=update)
+            comoe.pack(source, destination, progress=update, overwrite=overwrite)
         summary = inspect_store(destination)
         summary["seconds"] = time.perf_counter() - begin
         if as_json:

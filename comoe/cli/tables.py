@@ -33,23 +33,21 @@ def run_line(figures: dict[str, Any]) -> str:
 
 def show_store(path: Path, summary: dict[str, Any]) -> None:
     console = _console()
-    table = Table(title=f"{escape(str(path))}  (store version {summary['version']})", title_justify="left")
-    for name in ("rung", "bits", "bytes", "all experts up to here"):
+    table = Table(title=f"{escape(str(path))} (store version {summary['version']})", title_justify="left")
+    for name in ("rung", "bits per weight", "bytes of all experts", "more than the rung below"):
         table.add_column(name, justify="left" if name == "rung" else "right")
-    held = 0
+    below = 0
     for rung in summary["rungs"]:
-        # `exact` replaces the planes below it; they add up.
-        held = rung["bytes"] if rung["name"] == "exact" else held + rung["bytes"]
-        table.add_row(rung["name"], str(rung["bits"]), format_bytes(rung["bytes"]), format_bytes(held))
+        # The planes add up; `exact` replaces them all.
+        more = rung["bytes"] if rung["name"] == "exact" else rung["bytes"] - below
+        below = rung["bytes"]
+        table.add_row(rung["name"], f"{rung['bits']:.3f}", format_bytes(rung["bytes"]), format_bytes(more))
     console.print(table)
     console.print(
-        f"{_count(summary['layers'])} MoE layers, {_count(summary['experts'])} experts, "
-        f"dense weights {format_bytes(summary['dense_bytes'])}"
+        f"{summary['layers']} MoE layers, {summary['experts']} experts in all, "
+        f"dense weights {format_bytes(summary['dense_bytes'])}",
+        highlight=False,
     )
-
-
-def _count(value: Any) -> int:
-    return value if isinstance(value, int) else len(value)
 
 
 def show_evaluation(result: dict[str, Any]) -> None:
