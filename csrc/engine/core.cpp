@@ -482,13 +482,13 @@ void Core::pin(int32_t r, bool pinned) {
   Record& record = records_[r];
   if (record.user_pinned == pinned) return;
   if (pinned && user_pinned_pages_ + record.num_pages + demand_reserve_pages_ > capacity_pages())
-    throw BudgetError("pin: record " + std::to_string(r) + " takes " +
-                      pages_text(record.num_pages, config_.page_bytes) + ", " +
-                      pages_text(user_pinned_pages_, config_.page_bytes) + " are pinned already and " +
-                      pages_text(demand_reserve_pages_, config_.page_bytes) +
-                      " must stay for the largest need, of a budget of " +
-                      pages_text(capacity_pages(), config_.page_bytes) +
-                      "; raise the budget or unpin others");
+    throw BudgetError(
+        "pin: record " + std::to_string(r) + " takes " +
+        pages_text(record.num_pages, config_.page_bytes) + ", " +
+        pages_text(user_pinned_pages_, config_.page_bytes) + " are pinned already and " +
+        pages_text(demand_reserve_pages_, config_.page_bytes) +
+        " must stay for the largest need, of a budget of " +
+        pages_text(capacity_pages(), config_.page_bytes) + "; raise the budget or unpin others");
   record.user_pinned = pinned;
   user_pinned_pages_ += pinned ? record.num_pages : -record.num_pages;
   if (!pinned) speculation_blocked_ = false;

@@ -75,8 +75,8 @@ class Core {
   void request(int32_t record, Priority priority, int32_t distance);
   void cancel(int32_t record, Priority priority);
   void cancel_all(Priority priority);
-  void pump();                    // starts what was requested, as far as it may run
-  int64_t evict(int32_t record);  // pages freed
+  void pump();                            // starts what was requested, as far as it may run
+  int64_t evict(int32_t record);          // pages freed
   void pin(int32_t record, bool pinned);  // throws BudgetError if too little is left for sessions
   void set_value(int32_t record, float value) { records_[record].value = value; }
   void values_changed();  // after set_value

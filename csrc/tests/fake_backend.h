@@ -1,7 +1,7 @@
-// A device without memory or disk for the tests of the engine's logic: pages hold a tag that says which
-// piece of which record was read into them; reads run until the test ends them, well, failed or damaged;
-// steps run until the test ends them, and see every page that was published while they ran. It throws
-// std::logic_error when the engine touches what it must not.
+// A device without memory or disk for the tests of the engine's logic: pages hold a tag that says
+// which piece of which record was read into them; reads run until the test ends them, well, failed
+// or damaged; steps run until the test ends them, and see every page that was published while they
+// ran. It throws std::logic_error when the engine touches what it must not.
 #pragma once
 
 #include <algorithm>
@@ -33,8 +33,8 @@ class FakeBackend final : public Backend {
       : pages_per_slab_(pages_per_slab), mapped_(max_slabs), tags_(pages_per_slab * max_slabs) {}
 
   // Controls of the test.
-  int slab_limit = 1 << 30;       // mapping more is an error of the engine
-  bool refuse_memory = false;     // map_slab fails
+  int slab_limit = 1 << 30;    // mapping more is an error of the engine
+  bool refuse_memory = false;  // map_slab fails
   std::map<int32_t, Running> running;
   std::map<int32_t, std::vector<int32_t>> published;
   std::vector<std::set<int32_t>> steps;  // running ones, oldest first: pages that each may read
@@ -58,7 +58,9 @@ class FakeBackend final : public Backend {
   }
   const Tag& tag(int32_t page) const { return tags_.at(page); }
   bool is_mapped(int32_t page) const { return mapped_.at(page / pages_per_slab_); }
-  int mapped_slabs() const { return static_cast<int>(std::count(mapped_.begin(), mapped_.end(), true)); }
+  int mapped_slabs() const {
+    return static_cast<int>(std::count(mapped_.begin(), mapped_.end(), true));
+  }
   static int32_t page_of(const uint8_t* address) {
     return static_cast<int32_t>(reinterpret_cast<uintptr_t>(address) / 64) - 1;
   }

@@ -1,11 +1,13 @@
-// Walks through every interleaving of events of small configurations of the engine's core: sessions that
-// open, take, finish or give up their needs; reads that end well, fail or come back damaged; prefetches,
-// upgrades, cancellations, evictions, budgets that shrink and grow, steps of a device. In every state:
-//   - no page belongs to two records, none is lost, the budget holds          (Core::check_invariants)
+// Walks through every interleaving of events of small configurations of the engine's core: sessions
+// that open, take, finish or give up their needs; reads that end well, fail or come back damaged;
+// prefetches, upgrades, cancellations, evictions, budgets that shrink and grow, steps of a device.
+// In every state:
+//   - no page belongs to two records, none is lost, the budget holds (Core::check_invariants)
 //   - nothing is written, moved or unmapped that a step may read               (FakeBackend)
 //   - what a session holds is whole, undamaged, and stays where it is          (World::check_held)
-//   - a session that waits has nothing to be woken for                         (World::check_sleepers)
-//   - while a session is unfinished, something can happen that is bound to     (explore: no deadlock)
+//   - a session that waits has nothing to be woken for (World::check_sleepers)
+//   - while a session is unfinished, something can happen that is bound to     (explore: no
+//   deadlock)
 #include <chrono>
 #include <cstdio>
 #include <functional>
@@ -35,7 +37,8 @@ struct Scenario {
   int refuse_memory_at = -1;  // the system refuses slabs from this budget change on
 };
 
-// Sanitizers make a step about ten times slower: they see every code path in the smaller scenarios too.
+// Sanitizers make a step about ten times slower: they see every code path in the smaller scenarios
+// too.
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
 constexpr size_t kMostStates = 30000;
 #else
@@ -80,9 +83,20 @@ struct World {
     set_target(s.target_slabs);
   }
   World(const World& o)
-      : scenario(o.scenario), backend(o.backend), core(o.core), users(o.users), fails(o.fails),
-        corruptions(o.corruptions), steps(o.steps), give_ups(o.give_ups), evictions(o.evictions),
-        cancels(o.cancels), requests(o.requests), targets(o.targets), pins(o.pins), trace(o.trace) {
+      : scenario(o.scenario),
+        backend(o.backend),
+        core(o.core),
+        users(o.users),
+        fails(o.fails),
+        corruptions(o.corruptions),
+        steps(o.steps),
+        give_ups(o.give_ups),
+        evictions(o.evictions),
+        cancels(o.cancels),
+        requests(o.requests),
+        targets(o.targets),
+        pins(o.pins),
+        trace(o.trace) {
     core.set_backend(&backend);
   }
 
@@ -94,13 +108,13 @@ struct World {
   std::string fingerprint() const {
     std::string f = core.fingerprint() + backend.fingerprint();
     for (const User& u : users) {
-      f += static_cast<char>(u.session) + std::string(u.waiting ? "w" : "") + (u.must_finish ? "m" : "") +
-           (u.ended ? "e" : "") + (u.failed ? "f" : "");
+      f += static_cast<char>(u.session) + std::string(u.waiting ? "w" : "") +
+           (u.must_finish ? "m" : "") + (u.ended ? "e" : "") + (u.failed ? "f" : "");
       for (const Held& h : u.held) f += static_cast<char>(h.ready.need);
       f += '|';
     }
-    for (int n : {fails, corruptions, steps, give_ups, evictions, cancels, static_cast<int>(requests),
-                  static_cast<int>(targets), static_cast<int>(pins)})
+    for (int n : {fails, corruptions, steps, give_ups, evictions, cancels,
+                  static_cast<int>(requests), static_cast<int>(targets), static_cast<int>(pins)})
       f += static_cast<char>(n);
     return f;
   }
@@ -111,7 +125,8 @@ struct World {
     const auto& needs = scenario->sessions[&u - users.data()];
     for (const Ready& r : ready) {
       const Need& need = needs.at(r.need);
-      FakeBackend::require(r.level >= need.min_level && r.level <= need.want_level, "level out of range");
+      FakeBackend::require(r.level >= need.min_level && r.level <= need.want_level,
+                           "level out of range");
       Held held{r, {}};
       const uint32_t mask = scenario->level_masks[r.level];
       for (int i = 0; mask >> i; ++i)
@@ -125,7 +140,8 @@ struct World {
     if (next == Next::hold) FakeBackend::require(!u.held.empty(), "hold, but nothing is held");
     if (next == Next::failed) u.failed = true;
     if (next == Next::end)
-      FakeBackend::require(u.given == static_cast<int>(needs.size()), "it ended, and needs are left");
+      FakeBackend::require(u.given == static_cast<int>(needs.size()),
+                           "it ended, and needs are left");
     if ((next == Next::end || next == Next::failed) && u.held.empty()) close(u);
     if (next == Next::end && !u.held.empty()) u.must_finish = true;
   }
@@ -161,12 +177,14 @@ struct World {
           if (!(mask >> r & 1)) continue;
           const int32_t record = need.first_record + r;
           const auto& pages = core.page_list(record);
-          FakeBackend::require(core.state(record) == RecordState::resident, "held, but not resident");
+          FakeBackend::require(core.state(record) == RecordState::resident,
+                               "held, but not resident");
           for (size_t k = 0; k < pages.size(); ++k, ++at) {
-            FakeBackend::require(at < h.pages.size() && h.pages[at] == pages[k], "a held page was moved");
-            FakeBackend::require(backend.tag(pages[k]) ==
-                                     FakeBackend::Tag{record, static_cast<int32_t>(k), true},
-                                 "a held page has other bytes");
+            FakeBackend::require(at < h.pages.size() && h.pages[at] == pages[k],
+                                 "a held page was moved");
+            FakeBackend::require(
+                backend.tag(pages[k]) == FakeBackend::Tag{record, static_cast<int32_t>(k), true},
+                "a held page has other bytes");
           }
         }
       }
@@ -182,7 +200,8 @@ struct World {
       if (u.session < 0) {
         bound.emplace_back(who + ".open", [i](World& w) {
           const auto& needs = w.scenario->sessions[i];
-          w.users[i].session = w.core.open_session(needs.data(), static_cast<int64_t>(needs.size()));
+          w.users[i].session =
+              w.core.open_session(needs.data(), static_cast<int64_t>(needs.size()));
         });
         continue;
       }
@@ -255,7 +274,8 @@ struct World {
         scenario->targets[targets] * scenario->pages_per_slab >=
             core.user_pinned_pages() + core.demand_reserve_pages())
       optional.emplace_back("budget", [](World& w) {
-        if (static_cast<int>(w.targets) == w.scenario->refuse_memory_at) w.backend.refuse_memory = true;
+        if (static_cast<int>(w.targets) == w.scenario->refuse_memory_at)
+          w.backend.refuse_memory = true;
         w.set_target(w.scenario->targets[w.targets++]);
       });
     if (pins < scenario->pins.size())
@@ -447,8 +467,8 @@ int main() {
     Explorer explorer(scenario);
     explorer.run();
     states += static_cast<int64_t>(explorer.seen.size());
-    std::printf("%-52s %8zu states %9lld transitions %6lld ends (%lld failed) %.1f s\n", scenario.name,
-                explorer.seen.size(), static_cast<long long>(explorer.transitions),
+    std::printf("%-52s %8zu states %9lld transitions %6lld ends (%lld failed) %.1f s\n",
+                scenario.name, explorer.seen.size(), static_cast<long long>(explorer.transitions),
                 static_cast<long long>(explorer.ends), static_cast<long long>(explorer.failed_ends),
                 std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count());
     std::fflush(stdout);
