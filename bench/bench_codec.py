@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -202,13 +203,17 @@ def speed(repeats: int) -> list[dict[str, object]]:
                 },
                 repeats,
             )
+        start = time.process_time()
+        for _ in range(repeats):
+            _C.encode_expert(expert, [], 1, True)
+        cpu_rate = repeats * weights / (time.process_time() - start)
         low, encode, high = quantiles(times["encode"])
         median = {name: float(np.median(t)) for name, t in times.items()}
         rate = spec.num_experts * weights / median["pack"]
         disk = spec.num_experts * total
         print(
             f"encode H={hidden} I={intermediate} bf16 | {weights / encode / 1e6:.0f} M weights/s "
-            f"({weights / high / 1e6:.0f}..{weights / low / 1e6:.0f}) | crc32c {total / median['crc32c'] / 1e9:.1f} GB/s, "
+            f"({weights / high / 1e6:.0f}..{weights / low / 1e6:.0f}), {cpu_rate / 1e6:.0f} per CPU second | crc32c {total / median['crc32c'] / 1e9:.1f} GB/s, "
             f"{median['crc32c'] / encode:.1%} of encoding | pack to disk {rate / 1e6:.0f} M weights/s, "
             f"{disk / median['pack'] / 1e6:.0f} MB/s of {disk / median['plain_file'] / 1e6:.0f} for a plain file"
         )
@@ -219,6 +224,7 @@ def speed(repeats: int) -> list[dict[str, object]]:
                 "encode_weights_per_s": round(weights / encode),
                 "encode_p20": round(weights / high),
                 "encode_p80": round(weights / low),
+                "encode_per_cpu_s": round(cpu_rate),
                 "copy_bytes_per_s": round(total / median["copy"]),
                 "crc32c_bytes_per_s": round(total / median["crc32c"]),
                 "pack_weights_per_s": round(rate),

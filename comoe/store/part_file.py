@@ -52,11 +52,15 @@ class PartFile:
                     raise OSError(errno.ENOSPC, "write of 0 bytes")
                 view, offset = view[count:], offset + count
 
+    def flush(self, offset: int, nbytes: int) -> None:
+        """Starts writing a range to the disk now, instead of all at the end, and then drops its pages:
+        they are of no more use here, and should not push out those that are."""
+        os.posix_fadvise(self.fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
+
     def publish(self) -> None:
         with self._disk_errors():
             os.fsync(self.fd)
-            # These pages are of no more use here; let them not push out those that are.
-            os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            self.flush(0, 0)
             os.replace(self.part, self.path)
             folder = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY)
             try:

@@ -212,7 +212,9 @@ class StoreWriter:
             for record, payload in zip(records[expert], payloads, strict=True):
                 record["crc32c"] = _C.crc32c(payload)
                 part.write(payload, int(record["offset"]))
-            return int(extents[expert].sum())
+            nbytes = int(extents[expert].sum())
+            part.flush(int(records[expert, 0]["offset"]), nbytes)
+            return nbytes
 
         # One thread writes an expert while the next one is encoded. It ends before the file is closed.
         with PartFile(path, int(ends[-1, -1])) as part, ThreadPoolExecutor(1) as behind:
