@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import os
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,6 +92,31 @@ class Trace:
     @property
     def num_tokens(self) -> int:
         return len(self.sequence)
+
+    def entropy_share(self) -> np.ndarray:
+        """float64 [L]: entropy of how often each expert is chosen, over the largest possible, log E."""
+        shares = np.ones(len(self.layers))
+        for layer_idx, num_experts in enumerate(self.num_experts):
+            chosen = self.experts[:, layer_idx]
+            counts = np.bincount(chosen[chosen >= 0].astype(np.int64), minlength=num_experts)
+            p = counts[counts > 0] / max(counts.sum(), 1)
+            if num_experts > 1:
+                shares[layer_idx] = -(p * np.log(p)).sum() / np.log(num_experts)
+        return shares
+
+    def summary(self) -> dict[str, Any]:
+        """What is in it, in a few numbers."""
+        shares = self.entropy_share()
+        return {
+            "model": self.model,
+            "tokens": self.num_tokens,
+            "sequences": len(np.unique(self.sequence)),
+            "layers": len(self.layers),
+            "experts": int(self.num_experts.max(initial=0)),
+            "experts_per_token": self.experts.shape[2],
+            "entropy_share": float(shares.mean()),
+            "least_entropy_share": float(shares.min()),
+        }
 
     def write(self, path: str | os.PathLike) -> None:
         """Writes the file, or leaves what was there."""
@@ -277,8 +302,15 @@ def recording(model: Any) -> Iterator[Recorder]:
         del runtime.experts_forward
 
 
-def record_text(model: Any, ids: list[int], window: int = 512) -> Recorder:
+def record_text(
+    model: Any,
+    ids: list[int],
+    window: int = 512,
+    progress: Callable[[int, int], None] | None = None,
+) -> Recorder:
     """Routing of a text, read in windows of which each is a sequence of its own."""
+    if window < 1:
+        raise ValueError(f"trace: window: expected at least 1, got {window}")
     import torch
 
     with recording(model) as recorder, torch.inference_mode():
@@ -287,6 +319,8 @@ def record_text(model: Any, ids: list[int], window: int = 512) -> Recorder:
             recorder.new_sequences()
             recorder.expect(np.array(part))
             model(input_ids=torch.tensor([part]), use_cache=False, logits_to_keep=1)
+            if progress is not None:
+                progress(begin + len(part), len(ids))
     return recorder
 
 

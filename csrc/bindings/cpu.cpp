@@ -5,6 +5,7 @@
 
 #include "../cpu/expert_ffn.h"
 #include "../cpu/parallel.h"
+#include "../cpu/stream.h"
 
 #include "bindings.h"
 #include "paged_expert.h"
@@ -114,6 +115,13 @@ void bind_cpu(py::module_& m) {
   m.def("isa_name", &isa_name);
   m.def("isa_names", &isa_names);
   m.def("force_isa", &force_isa, py::arg("name"));
+  m.def(
+      "stream_read",
+      [](const Array<uint8_t>& data) {
+        const py::gil_scoped_release release;
+        return stream_read(data.data(), data.size() / 64 * 64);
+      },
+      py::arg("data"));
   m.def(
       "set_num_threads", [](int n) { Parallel::instance().set_num_threads(n); }, py::arg("num_threads"));
   m.def("num_threads", [] { return Parallel::instance().num_threads(); });

@@ -136,28 +136,33 @@ int32_t Core::open_session(const Need* needs, int64_t count) {
   return id;
 }
 
-Next Core::next(int32_t id, std::vector<Ready>& ready) {
-  ready.clear();
-  SessionEntry& session = sessions_.at(id);
+Next Core::peek(int32_t id) const {
+  const SessionEntry& session = sessions_.at(id);
   if (!session.error.empty()) return Next::failed;
-  if (!session.ready.empty()) {
-    for (int32_t i : session.ready) {
-      // More may have come since the need became ready.
-      const int level = best_resident_level(session.needs[i].need);
-      if (level > session.needs[i].level) {
-        unpin_level(id, i);
-        pin_level(id, i, level);
-      }
-      session.needs[i].state = NeedState::handed;
-      ready.push_back({i, session.needs[i].level});
-    }
-    session.num_handed += static_cast<int32_t>(session.ready.size());
-    session.ready.clear();
-    return Next::ready;
-  }
+  if (!session.ready.empty()) return Next::ready;
   if (session.num_loading > 0) return Next::wait;
   if (!session.blocked()) return Next::end;
   return session.num_handed > 0 ? Next::hold : Next::wait;
+}
+
+Next Core::next(int32_t id, std::vector<Ready>& ready) {
+  ready.clear();
+  const Next result = peek(id);
+  if (result != Next::ready) return result;
+  SessionEntry& session = sessions_.at(id);
+  for (int32_t i : session.ready) {
+    // More may have come since the need became ready.
+    const int level = best_resident_level(session.needs[i].need);
+    if (level > session.needs[i].level) {
+      unpin_level(id, i);
+      pin_level(id, i, level);
+    }
+    session.needs[i].state = NeedState::handed;
+    ready.push_back({i, session.needs[i].level});
+  }
+  session.num_handed += static_cast<int32_t>(session.ready.size());
+  session.ready.clear();
+  return Next::ready;
 }
 
 void Core::done(int32_t id, int32_t need) {
@@ -476,6 +481,14 @@ int64_t Core::evict(int32_t r) {
 void Core::pin(int32_t r, bool pinned) {
   Record& record = records_[r];
   if (record.user_pinned == pinned) return;
+  if (pinned && user_pinned_pages_ + record.num_pages + demand_reserve_pages_ > capacity_pages())
+    throw BudgetError(
+        "pin: record " + std::to_string(r) + " takes " +
+        pages_text(record.num_pages, config_.page_bytes) + ", " +
+        pages_text(user_pinned_pages_, config_.page_bytes) + " are pinned already and " +
+        pages_text(demand_reserve_pages_, config_.page_bytes) +
+        " must stay for the largest need, of a budget of " +
+        pages_text(capacity_pages(), config_.page_bytes) + "; raise the budget or unpin others");
   record.user_pinned = pinned;
   user_pinned_pages_ += pinned ? record.num_pages : -record.num_pages;
   if (!pinned) speculation_blocked_ = false;

@@ -63,6 +63,7 @@ class Core {
   // ready: filled `ready`; wait: `take_woken` will name the session; hold: nothing can come before
   // `done` is called for something that the session holds; failed: see `error`.
   Next next(int32_t session, std::vector<Ready>& ready);
+  Next peek(int32_t session) const;  // what next() would return
   void done(int32_t session, int32_t need);
   void close_session(int32_t session);
   bool has_session(int32_t session) const { return sessions_.count(session) > 0; }
@@ -74,9 +75,9 @@ class Core {
   void request(int32_t record, Priority priority, int32_t distance);
   void cancel(int32_t record, Priority priority);
   void cancel_all(Priority priority);
-  void pump();                    // starts what was requested, as far as it may run
-  int64_t evict(int32_t record);  // pages freed
-  void pin(int32_t record, bool pinned);
+  void pump();                            // starts what was requested, as far as it may run
+  int64_t evict(int32_t record);          // pages freed
+  void pin(int32_t record, bool pinned);  // throws BudgetError if too little is left for sessions
   void set_value(int32_t record, float value) { records_[record].value = value; }
   void values_changed();  // after set_value
 
@@ -97,6 +98,7 @@ class Core {
   int records_per_expert() const { return records_per_expert_; }
   const RecordInfo& info(int32_t record) const { return records_[record].info; }
   RecordState state(int32_t record) const { return records_[record].state; }
+  bool is_user_pinned(int32_t record) const { return records_[record].user_pinned; }
   bool is_pinned(int32_t record) const { return records_[record].pins > 0; }
   const std::vector<uint8_t*>& addresses(int32_t record) const {
     return records_[record].addresses;

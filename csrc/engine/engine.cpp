@@ -309,7 +309,17 @@ int64_t Engine::evict(const int32_t* ids, int64_t count) {
 void Engine::pin(const int32_t* ids, int64_t count, bool pinned) {
   std::lock_guard<std::mutex> lock(state_->mutex);
   state_->check_ids("pin", ids, count);
-  for (int64_t i = 0; i < count; ++i) state_->core.pin(ids[i], pinned);
+  std::vector<int32_t> changed;  // all or none
+  try {
+    for (int64_t i = 0; i < count; ++i) {
+      if (state_->core.is_user_pinned(ids[i]) == pinned) continue;
+      state_->core.pin(ids[i], pinned);
+      changed.push_back(ids[i]);
+    }
+  } catch (...) {
+    for (int32_t id : changed) state_->core.pin(id, !pinned);
+    throw;
+  }
   state_->notify();
 }
 

@@ -236,6 +236,10 @@ void Reader::finish_chunk(const Chunk& chunk) {
 }
 
 std::unique_ptr<Reader> make_reader(const ReaderConfig& config, BackendEvents* events) {
+  // io_uring is refused in many containers; threads work everywhere.
+  if (config.kind == "uring") {
+    if (auto reader = make_uring_reader(config, events)) return reader;
+  }
   return make_thread_reader(config, events);
 }
 

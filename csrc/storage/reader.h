@@ -30,6 +30,8 @@ struct ReaderConfig {
   bool direct = true;
   bool verify = true;
   std::string kind = "auto";  // "threads", "uring", or the faster one that works here
+  // The system call of the thread reader; tests put errors and short reads here.
+  ssize_t (*preadv)(int, const iovec*, int, off_t) = ::preadv;
 };
 
 // One open file. `direct` is false where O_DIRECT was refused; then reads go through the page

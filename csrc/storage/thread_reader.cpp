@@ -47,8 +47,8 @@ class ThreadReader final : public Reader {
       int64_t result;
       do {
         fill_iovecs(chunk, iovecs);
-        const ssize_t n = preadv(chunk.task->file->fd, iovecs.data(),
-                                 static_cast<int>(iovecs.size()), file_offset(chunk));
+        const ssize_t n = config_.preadv(chunk.task->file->fd, iovecs.data(),
+                                         static_cast<int>(iovecs.size()), file_offset(chunk));
         result = n < 0 ? -int64_t{errno} : n;
       } while (!handle_result(chunk, result));
       finish_chunk(chunk);
