@@ -259,10 +259,17 @@ def build(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Pre
     config = small_config(family, cls.config_class)
     config._experts_implementation = "eager"
     torch.manual_seed(seed)
-    model = cls(config).eval()
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # as from_pretrained does it
+    try:
+        model = cls(config).eval()
+    finally:
+        torch.set_default_dtype(before)
     spread(model)
-    if dtype != torch.float32:
-        model = to_dtype(model, dtype)
+    keep = set(model._keep_in_fp32_modules_strict or ())
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if tensor.is_floating_point() and any(part in name for part in keep):
+            tensor.data = tensor.data.float()
     return model
 
 
@@ -270,17 +277,6 @@ def build_meta(family: str) -> PreTrainedModel:
     cls = model_class(family)
     with torch.device("meta"):
         return cls(small_config(family, cls.config_class))
-
-
-def to_dtype(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """As from_pretrained(dtype=...) gives it: some parameters stay in fp32."""
-    keep = set(model._keep_in_fp32_modules_strict or ())
-    if dtype == torch.float16:
-        keep |= set(model._keep_in_fp32_modules or ())
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if tensor.is_floating_point() and not any(part in name for part in keep):
-            tensor.data = tensor.data.to(dtype)
-    return model
 
 
 @torch.no_grad()
