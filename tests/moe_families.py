@@ -131,6 +131,7 @@ SPECIAL: dict[str, dict] = {
         "index_head_dim": 16,
         "index_n_heads": 2,
     },
+    "doge": {"is_moe": True, "num_experts": 16},
     "dots1": {"n_shared_experts": 1},
     "ernie4_5_vl_moe": {
         "class": "Ernie4_5_VLMoeForConditionalGeneration",
@@ -189,6 +190,7 @@ SPECIAL: dict[str, dict] = {
         "vision_config": {"num_hidden_layers": 2},
     },
     "switch_transformers": {"decoder_start_token_id": 0},
+    "vitpose_backbone": {"class": "VitPoseBackbone", "num_experts": 4, "part_features": 16},
     "zaya": {"num_experts_per_tok": 1},
 }
 
