@@ -120,6 +120,8 @@ def check_tensor(op: str, name: str, tensor, shape: tuple[int | None, ...], dtyp
     )
     if not fits:
         raise ValueError(f"{op}: {name}: expected shape {list(shape)}, got {list(tensor.shape)}")
+    if tensor.numel() == 0:
+        return  # strides of empty tensors mean nothing
     if tensor.dim() and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
         raise ValueError(
             f"{op}: {name}: expected a contiguous last dimension, got strides {tensor.stride()}; call .contiguous()"

@@ -98,8 +98,88 @@ SMALL = {
     "hidden_size_per_layer_input": 16,
 }
 
-# Family -> fields that the rules above get wrong.
-SPECIAL: dict[str, dict] = {}
+# Set even where the default is None.
+ALWAYS = {
+    "num_experts",
+    "num_experts_per_tok",
+    "n_routed_experts",
+    "top_k_experts",
+    "moe_intermediate_size",
+}
+
+# Family -> fields that the rules above get wrong; "class" names the model where the text path alone
+# is tested (building the whole of some multimodal families is no test of experts).
+SPECIAL: dict[str, dict] = {
+    "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0}},
+    "deepseek_ocr2": {
+        "class": "DeepseekOcr2TextModel",
+        "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
+        "head_dim": 16,
+    },
+    "diffusion_gemma": {"class": "DiffusionGemmaEncoderTextModel", "global_head_dim": 16},
+    "dots3_note": {
+        "num_key_value_heads": 4,
+        "swa_num_attention_heads": 4,
+        "swa_num_key_value_heads": 4,
+        "swa_q_lora_rank": 24,
+        "swa_kv_lora_rank": 16,
+        "swa_head_dim": 24,
+        "swa_qk_nope_head_dim": 16,
+        "swa_v_head_dim": 16,
+        "index_topk": 8,
+        "index_head_dim": 16,
+        "index_n_heads": 2,
+    },
+    "dots1": {"n_shared_experts": 1},
+    "ernie4_5_vl_moe": {
+        "class": "Ernie4_5_VLMoeForConditionalGeneration",
+        "text_config": {
+            "moe_intermediate_size": [40, 24],
+            "head_dim": 128,
+            "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
+        },
+        "vision_config": {"depth": 2},
+    },
+    "gemma4": {"enable_moe_block": True, "global_head_dim": 16},
+    "glm4v_moe": {"text_config": {"head_dim": 128}, "vision_config": {"depth": 2}},
+    "glm5_next": {
+        "class": "Glm5NextTextModel",
+        "num_key_value_heads": 4,
+        "qk_rope_head_dim": 0,
+        "head_dim": 0,
+        "index_topk": 16,
+        "index_kpool": 4,
+        "index_head_dim": 16,
+        "index_n_heads": 2,
+        "linear_head_dim": 16,
+        "linear_num_heads": 4,
+        "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
+    },
+    "hunyuan_v1_moe": {"head_dim": 16},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
+    "muse_spark": {"class": "MuseSparkTextModel", "moe_hidden_size": 48},
+    "nemotron_h": {
+        "layers_block_type": ["mamba", "moe", "attention", "moe"],
+        "n_groups": 2,
+    },
+    "qwen3_omni_moe": {"class": "Qwen3OmniMoeThinkerTextModel", "head_dim": 16},
+    "qwen4_exp": {
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+        "indexer_budget": 16,
+        "indexer_compress_ratio": 4,
+    },
+    "step3p7": {
+        "text_config": {
+            "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
+            "sliding_window": 16,
+            "swiglu_limits": [None, 0.5, None, 0.7],
+        },
+        "vision_config": {"num_hidden_layers": 2},
+    },
+    "zaya": {"num_experts_per_tok": 1},
+}
 
 
 def families() -> list[str]:
@@ -111,12 +191,17 @@ def families() -> list[str]:
     )
 
 
+def _get(config: PreTrainedConfig, name: str):
+    """Some fields refuse to be read where they vary by layer."""
+    return vars(config).get(name, getattr(type(config), name, None))
+
+
 def _small(config_class: type[PreTrainedConfig], special: dict) -> dict:
     default = config_class()
-    known = {**SMALL, **special}
     out = {}
-    for name, value in known.items():
-        if name in special or (hasattr(default, name) and getattr(default, name) is not None):
+    for name, value in SMALL.items():
+        exists = name in vars(default) or hasattr(type(default), name)
+        if exists and (name in ALWAYS or _get(default, name) is not None):
             out[name] = value
     if hasattr(default, "qk_rope_head_dim"):
         # Latent attention: head_dim is what rotary embeddings turn, and every head has its own key.
@@ -124,14 +209,20 @@ def _small(config_class: type[PreTrainedConfig], special: dict) -> dict:
         if hasattr(default, "head_dim"):
             out["head_dim"] = out["qk_rope_head_dim"]
     for name in getattr(config_class, "sub_configs", None) or {}:
-        current = getattr(default, name, None)
-        if name not in special and isinstance(current, PreTrainedConfig):
-            out[name] = _small(type(current), {})
+        current = _get(default, name)
+        if isinstance(current, PreTrainedConfig):
+            out[name] = _small(type(current), special.get(name, {}))
+    for name, value in special.items():
+        if name != "class" and name not in (config_class.sub_configs or {}):
+            out[name] = value
     return out
 
 
 def small_config(family: str, config_class: type[PreTrainedConfig]) -> PreTrainedConfig:
     return config_class(**_small(config_class, SPECIAL.get(family, {})))
+
+
+SUFFIXES = ("ForCausalLM", "ForConditionalGeneration", "TextModel", "Model")
 
 
 @functools.cache
@@ -143,7 +234,8 @@ def model_class(family: str) -> type[PreTrainedModel] | None:
         for _, cls in inspect.getmembers(module, inspect.isclass):
             if issubclass(cls, PreTrainedModel) and cls.__module__ == module.__name__:
                 found.append(cls)
-    for suffix in ("ForCausalLM", "ForConditionalGeneration", "TextModel", "Model"):
+    named = SPECIAL.get(family, {}).get("class")
+    for suffix in (named,) if named else SUFFIXES:
         for cls in found:
             if cls.__name__.endswith(suffix) and cls.config_class is not None:
                 return cls
@@ -151,14 +243,20 @@ def model_class(family: str) -> type[PreTrainedModel] | None:
 
 
 def build(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
+    """A tiny model on transformers' own eager experts, the same weights for the same seed."""
     cls = model_class(family)
-    if cls is None:
-        raise LookupError(f"{family}: no model class found")
     config = small_config(family, cls.config_class)
+    config._experts_implementation = "eager"
     torch.manual_seed(seed)
     model = cls(config).eval()
     spread(model)
     return model.to(dtype)
+
+
+def build_meta(family: str) -> PreTrainedModel:
+    cls = model_class(family)
+    with torch.device("meta"):
+        return cls(small_config(family, cls.config_class))
 
 
 @torch.no_grad()

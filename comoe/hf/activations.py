@@ -10,37 +10,20 @@ import itertools
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 
-# Names are those of csrc/cpu/expert_ffn.h.
-PLAIN: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
-    "relu2": lambda x: F.relu(x).square(),
-    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
-}
+from comoe_kernels.expert_ffn import ACTIVATIONS, activate_ref
 
 Gate = Callable[[torch.Tensor], torch.Tensor]
 
 
-def swigluoai(gate: torch.Tensor, up: torch.Tensor, alpha: float, limit: float) -> torch.Tensor:
-    gate = gate.clamp(max=limit)
-    up = up.clamp(min=-limit, max=limit)
-    return gate * torch.sigmoid(alpha * gate) * (up + 1)
+def named_gate(activation: str, *, gated: bool, alpha: float = 0.0, limit: float = 0.0) -> Gate:
+    """The kernels' activation as a function [S, 2 * I] (gate beside up) or, ungated, [S, I] -> [S, I]."""
 
+    def apply(x: torch.Tensor) -> torch.Tensor:
+        gate, up = x.chunk(2, dim=-1) if gated else (None, x)
+        return activate_ref(gate, up, activation, alpha, limit)
 
-def activation_ref(
-    x: torch.Tensor, *, gated: bool, activation: str, alpha: float = 0.0, limit: float = 0.0
-) -> torch.Tensor:
-    """x [S, 2 * I] (gate beside up) or, ungated, [S, I] -> [S, I]."""
-    if not gated:
-        return PLAIN[activation](x)
-    gate, up = x.chunk(2, dim=-1)
-    if activation == "swigluoai":
-        return swigluoai(gate, up, alpha, limit)
-    return PLAIN[activation](gate) * up
+    return apply
 
 
 def _probe(gated: bool) -> torch.Tensor:
@@ -76,12 +59,11 @@ def match_activation(
         return None, 0.0, 0.0  # not a plain function of its input (e.g. parameters on meta)
     if got.device.type == "meta" or got.numel() != x.numel() // (2 if gated else 1):
         return None, 0.0, 0.0
-    for name in PLAIN:
-        if _agree(got, activation_ref(x, gated=gated, activation=name)):
-            return name, 0.0, 0.0
+    candidates = [(name, 0.0, 0.0) for name in ACTIVATIONS if name != "swigluoai"]
     if gated:
-        for alpha, limit in itertools.product(numbers, repeat=2):
-            want = activation_ref(x, gated=True, activation="swigluoai", alpha=alpha, limit=limit)
-            if _agree(got, want):
-                return "swigluoai", alpha, limit
+        pairs = itertools.product(numbers, repeat=2)
+        candidates += [("swigluoai", alpha, limit) for alpha, limit in pairs]
+    for name, alpha, limit in candidates:
+        if _agree(got, named_gate(name, gated=gated, alpha=alpha, limit=limit)(x)):
+            return name, alpha, limit
     return None, 0.0, 0.0

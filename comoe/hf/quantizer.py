@@ -60,8 +60,10 @@ class CoMoEQuantizer(HfQuantizer):
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         from comoe import memory
+        from comoe.baseline import warm_up
 
-        self._baseline = memory.rss()
+        # What the process holds besides, other models for instance, is not this model's.
+        self._baseline = max(warm_up(), memory.rss())
         devices = set(device_map.values()) if isinstance(device_map, dict) else {device_map}
         if not {str(d) for d in devices} <= {"None", "cpu"}:
             raise ValueError(

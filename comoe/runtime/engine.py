@@ -26,13 +26,20 @@ def slab_bytes(pool_bytes: int, page_bytes: int) -> int:
     return max(1, min(pool_bytes // SLAB_SHARE, LARGEST_SLAB) // page_bytes) * page_bytes
 
 
+def pool_floor(sizes: Sizes, level: int, page_bytes: int) -> int:
+    """The least pool that can compute at `level`: its largest expert, and an eighth more because
+    memory comes in slabs."""
+    needed = int(sizes.level_bytes(level).max())
+    return -(-needed * 9 // (8 * page_bytes)) * page_bytes + page_bytes
+
+
 def open_engine(
-    store: Store, pool_bytes: int, *, io_threads: int, direct: bool, verify: bool
+    store: Store, pool_bytes: int, slab: int, *, io_threads: int, direct: bool, verify: bool
 ) -> tuple[_C.Engine, list[int]]:
     """The engine over all of the store's records, and the id of each layer's first record."""
     engine = _C.Engine(
         store.page_bytes,
-        slab_bytes(pool_bytes, store.page_bytes),
+        slab,
         pool_bytes,
         level_masks=list(LEVEL_MASKS),
         io_threads=io_threads,

@@ -14,7 +14,7 @@ from comoe.policy.plan import EXACT, LEVEL_MASKS, EvenPlanner, Plan, Planner
 from comoe.policy.predictor import NoPredictor, Predictor, PrefetchGauge
 from comoe.policy.upgrades import LastUsedFirst, UpgradePolicy
 from comoe.runtime.budget import Budget, ModelSizes
-from comoe.runtime.engine import Records, open_engine, store_sizes
+from comoe.runtime.engine import Records, open_engine, pool_floor, slab_bytes, store_sizes
 from comoe.runtime.prefill import forward_unpacked
 from comoe.runtime.spec import ExpertsSpec
 from comoe.store import Store
@@ -22,7 +22,8 @@ from comoe_kernels.expert_ffn import PREFILL_ROWS
 from comoe_kernels.threads import share_torch_threads
 
 PREFETCH, UPGRADE = 1, 2  # classes of transfers
-STAGING_BYTES = 8_000_000  # read buffers, scratch of the kernels, tables of the engine
+SCRATCH_BYTES = 1_000_000  # of the kernels; disk reads go straight into the pool's pages
+RECORD_BYTES = 400  # the engine's tables, per record
 CALM_STEPS = 8  # steps without pressure before the pool takes back what it lent
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -61,13 +62,17 @@ class Runtime:
             _C.set_num_threads(config.threads)
 
         self.store_sizes = store_sizes(store, experts_per_token)
-        floor = int(self.store_sizes.level_bytes(EXACT if config.exact else 0).max())
+        floor = pool_floor(self.store_sizes, EXACT if config.exact else 0, store.page_bytes)
         total = memory.available() if config.memory is None else config.memory
-        self.budget = Budget(total, baseline, sizes, floor, STAGING_BYTES)
+        fixed = SCRATCH_BYTES + RECORD_BYTES * sum(layer.records.size for layer in store.layers)
+        self.budget = Budget(total, baseline, sizes, floor, fixed)
+        planned = self.budget.planned_pool(config.max_context)
+        self._slab_bytes = slab_bytes(planned, store.page_bytes)
         self.plan = self._make_plan()
         self.engine, first = open_engine(
             store,
             self.plan.pool_bytes,
+            self._slab_bytes,
             io_threads=config.io_threads,
             direct=config.direct_io,
             verify=config.verify,
@@ -194,19 +199,22 @@ class Runtime:
             return self.describe()
 
     def _make_plan(self, pool_bytes: int | None = None) -> Plan:
+        """What the pool can hold; `pool_bytes`: less than planned, because others need memory."""
         if pool_bytes is None:
             pool_bytes = self.budget.planned_pool(self.config.max_context)
-        # More than all experts in full is never of use, but a slab of room to move is.
-        most = self.store_sizes.total(EXACT) + self.budget.pool_floor
-        pool_bytes = min(pool_bytes, most)
-        return self.planner.plan(self.store_sizes, pool_bytes, exact=self.config.exact)
+        # More than all experts in full, and room to move, is never of use.
+        most = self.store_sizes.total(EXACT) + self.budget.pool_floor + self._slab_bytes
+        slabs = min(pool_bytes, most) // self._slab_bytes
+        return self.planner.plan(
+            self.store_sizes, slabs * self._slab_bytes, exact=self.config.exact
+        )
 
     def _govern(self, coming: int) -> None:
         """Lends pool memory to the rest of the process, and takes it back once it is calm."""
         planned = self._make_plan().pool_bytes
         stats = self.engine.stats()
-        allowed = self.budget.allowed_pool(memory.rss(), stats["bytes_resident"], coming)
-        target = max(min(planned, allowed), self.budget.pool_floor)
+        allowed = self.budget.allowed_pool(memory.rss(), stats["resident_bytes"], coming)
+        target = max(min(planned, allowed), self.engine.minimum_budget(self.plan.min_level))
         if target < self.plan.pool_bytes:
             self._calm = 0
             self._install(self._make_plan(target))
@@ -222,13 +230,13 @@ class Runtime:
         for layer_idx in range(len(self.specs)):
             self._op.set_levels(layer_idx, plan.min_level, plan.want_level)
         kept = LEVEL_MASKS[plan.min_level] | (LEVEL_MASKS[plan.want_level] if plan.resident else 0)
-        self.engine.cancel(-1)
-        self.engine.pin(self.records.all(), False)
+        for kind in (PREFETCH, UPGRADE):
+            self.engine.cancel(kind)
         self.engine.evict(self.records.all(0b11111 & ~kept))
+        base, everything = self.records.all(LEVEL_MASKS[plan.min_level]), self.records.all()
+        self.engine.set_value(everything, np.zeros(everything.size, np.float32))
+        self.engine.set_value(base, np.ones(base.size, np.float32))
         self.engine.set_budget(plan.pool_bytes)
-        base = self.records.all(LEVEL_MASKS[plan.min_level])
-        if plan.resident:
-            self.engine.pin(base, True)
         self.engine.request(base, UPGRADE)
 
     def _upgrade(self) -> None:

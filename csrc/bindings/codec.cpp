@@ -4,7 +4,6 @@
 #include <vector>
 
 #include "../ladder/codec.h"
-#include "../storage/crc32c.h"
 
 #include "bindings.h"
 
@@ -144,17 +143,6 @@ void bind_codec(py::module_& m) {
   m.def("encode_expert", &encode_expert_py, py::arg("matrices"), py::arg("biases"),
         py::arg("exact_dtype"), py::arg("gated"),
         "Payloads of one expert's records, as uint8 arrays.");
-  m.def(
-      "crc32c",
-      [](const py::buffer& buffer, uint32_t seed) {
-        const py::buffer_info info = buffer.request();
-        if (info.size > 0 && !PyBuffer_IsContiguous(info.view(), 'C'))
-          throw std::invalid_argument("crc32c: buffer must be C-contiguous");
-        py::gil_scoped_release release;
-        return crc32c(info.ptr, static_cast<size_t>(info.size) * info.itemsize, seed);
-      },
-      py::arg("buffer"), py::arg("seed") = 0,
-      "CRC-32C of a buffer's bytes, continuing from `seed`.");
 }
 
 }  // namespace comoe

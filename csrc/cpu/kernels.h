@@ -18,17 +18,19 @@ enum class Form : uint8_t {
   fp32,   // other exact weights
 };
 
-// One row of prepared activations: padded with zeros to whole groups, so kernels need no column tails.
-//   int8:  int8 [P], fp32 scale [P / 32], fp32 sum [P / 128] (sum over the group of scale * q)
-//   int16: int8 high [P], int8 low [P], fp32 scale [P / 128], int32 sum [P / 128] (sum of 256 * high + low)
+// One row of prepared activations: padded with zeros to P = whole groups, so kernels need no column tails.
+//   int8:  q [P], fp32 scale [P / 32], fp32 sum [P / 128] (sum over the group of scale * q)
+//   int16: q [P], fp32 scale [P / 128], int32 sum [P / 128] (sum of q)
 //   bf16:  uint16 [P]      fp32: float [P]
+// q takes two bytes per column; how they are used is the instruction set's own affair. Portable and VNNI:
+// int8 (int8 form), or int8 high [P], int8 low [P] with q = 256 * high + low. Others: int16.
 struct RowLayout {
   Form form;
   int64_t cols, groups;
   RowLayout() : RowLayout(Form::fp32, 0) {}
   RowLayout(Form f, int64_t c) : form(f), cols(c), groups(ceil_div(c, kGroupCols)) {}
   int64_t padded() const { return groups * kGroupCols; }
-  int64_t scale_offset() const { return padded() * (form == Form::int16 ? 2 : 1); }
+  int64_t scale_offset() const { return padded() * 2; }
   int64_t sum_offset() const {
     return scale_offset() + groups * 4 * (form == Form::int8 ? kGroupBlocks : 1);
   }

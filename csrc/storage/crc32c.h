@@ -1,5 +1,5 @@
-// CRC-32C (Castagnoli, reflected, as in iSCSI, ext4 and RFC 3720): the checksum of every record of
-// the store.
+// CRC-32C (Castagnoli), the checksum of records: polynomial 0x1EDC6F41 reflected, initial and final
+// inversion inside, so that crc32c(b, n, crc32c(a, m)) is the checksum of a followed by b.
 #pragma once
 
 #include <cstddef>
@@ -7,8 +7,13 @@
 
 namespace comoe {
 
-// `seed` is the result for the bytes before these: crc32c(b, n2, crc32c(a, n1)) is that of a
-// followed by b.
+// The fastest version that this CPU has, chosen at the first call.
 uint32_t crc32c(const void* data, size_t bytes, uint32_t seed = 0);
+
+// The version for any CPU (8 tables, 8 bytes a step); reference of the tests.
+uint32_t crc32c_table(const void* data, size_t bytes, uint32_t seed = 0);
+
+// "sse42", "armv8" or "table".
+const char* crc32c_isa();
 
 }  // namespace comoe
