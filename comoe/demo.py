@@ -31,7 +31,9 @@ def model_folder() -> Path:
     """The bundled model, an ordinary checkpoint folder."""
     folder = Path(str(resources.files("comoe") / "demo_model"))
     if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"demo: the bundled model is missing ({folder}); install comoe again")
+        raise FileNotFoundError(
+            f"demo: the bundled model is missing ({folder}); install comoe again"
+        )
     return folder
 
 
@@ -54,7 +56,11 @@ def run(
     packed = out / "packed"
     say(f"packing the bundled model into {packed}")
     comoe.pack(model_folder(), packed, overwrite=True)
-    job = {"prompt": prompt, "max_tokens": max_tokens, "text_bytes": QUICK_TEXT_BYTES if quick else TEXT_BYTES}
+    job = {
+        "prompt": prompt,
+        "max_tokens": max_tokens,
+        "text_bytes": QUICK_TEXT_BYTES if quick else TEXT_BYTES,
+    }
 
     say("plain transformers")
     plain = run_worker({**job, "folder": str(model_folder()), "plain": True})
@@ -97,7 +103,9 @@ def run_worker(job: dict[str, Any]) -> dict[str, Any]:
         raise
     if "error" in result or worker.returncode:
         what = "plain transformers" if job.get("plain") else f"memory {job.get('memory')}"
-        raise RuntimeError(f"demo: {what}: {result.get('error', f'exit status {worker.returncode}')}")
+        raise RuntimeError(
+            f"demo: {what}: {result.get('error', f'exit status {worker.returncode}')}"
+        )
     return result
 
 
@@ -135,7 +143,16 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     if not job.get("plain"):
         runtime = model.comoe
         stats = runtime.stats()
-        names = ("memory", "bits_per_weight", "expert_bytes", "expert_bytes_exact", "bytes_read", "hits", "misses", "plan")
+        names = (
+            "memory",
+            "bits_per_weight",
+            "expert_bytes",
+            "expert_bytes_exact",
+            "bytes_read",
+            "hits",
+            "misses",
+            "plan",
+        )
         result |= {name: stats[name] for name in names}
         result["beside_pool"] = runtime.budget.least(0)
         result["level_bytes"] = [runtime.store_sizes.total(level) for level in range(5)]
@@ -163,7 +180,9 @@ def plot(rows: list[dict[str, Any]], path: Path) -> Path:
     speed.set_ylabel("tokens/s")
     speed.set_ylim(bottom=0)
     peak.plot(asked, [(row["peak"] - row["baseline"]) / 1e6 for row in rows], "o-", label="comoe")
-    peak.axhline((plain["peak"] - plain["baseline"]) / 1e6, color="gray", ls="--", label="plain transformers")
+    peak.axhline(
+        (plain["peak"] - plain["baseline"]) / 1e6, color="gray", ls="--", label="plain transformers"
+    )
     peak.set_ylabel("peak above baseline, MB")
     for axes in (quality, speed, peak):
         axes.set_xlabel("memory asked, MB")

@@ -25,7 +25,9 @@ def examine(folder: str | os.PathLike = ".", disk_bytes: int = 256 << 20) -> dic
     """Everything `comoe doctor` shows. Writes and removes a file of disk_bytes in `folder`, where
     stores are or will be; sizes in bytes, bandwidths in bytes per second."""
     if not Path(folder).is_dir():
-        raise NotADirectoryError(f"doctor: {folder} is not a folder; give the folder where your stores are")
+        raise NotADirectoryError(
+            f"doctor: {folder} is not a folder; give the folder where your stores are"
+        )
     native = native_module()
     gpus, why_no_gpu = list_gpus(native)
     report = {
@@ -71,7 +73,9 @@ def cpu(native: Any | None) -> dict[str, Any]:
     model = platform.processor() or platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((s.split(":", 1)[1].strip() for s in lines if s.startswith("model name")), model)
+        model = next(
+            (s.split(":", 1)[1].strip() for s in lines if s.startswith("model name")), model
+        )
     except OSError:
         pass
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -182,7 +186,10 @@ def advice(report: dict[str, Any]) -> list[dict[str, str]]:
 
     cpu_, disk = report["cpu"], report["bandwidth"]["disk"]
     if not cpu_["native"]:
-        add("the native module comoe._C is not built", "make build, or pip install . in the source folder")
+        add(
+            "the native module comoe._C is not built",
+            "make build, or pip install . in the source folder",
+        )
     for name in ("torch", "transformers"):
         if report["versions"][name] is None:
             add(f"{name} is not installed", f"pip install {name}")
@@ -213,5 +220,8 @@ def advice(report: dict[str, Any]) -> list[dict[str, str]]:
             "raise the container's memory limit, or end what uses it",
         )
     if Path("/proc/driver/nvidia/version").exists() and not cpu_["cuda_built"]:
-        add("there is an NVIDIA driver, but comoe was built without CUDA", "put nvcc on PATH and build again")
+        add(
+            "there is an NVIDIA driver, but comoe was built without CUDA",
+            "put nvcc on PATH and build again",
+        )
     return found

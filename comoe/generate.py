@@ -13,7 +13,9 @@ class TokenStream:
     """A streamer for `model.generate`: passes text on as soon as it is certain, and notes when tokens
     came. The prompt, which generate puts first, is left out."""
 
-    def __init__(self, tokenizer: Any, on_text: Callable[[str], None] | None = None, skip_prompt: bool = True):
+    def __init__(
+        self, tokenizer: Any, on_text: Callable[[str], None] | None = None, skip_prompt: bool = True
+    ):
         self._tokenizer, self._on_text = tokenizer, on_text
         self._prompt_next = skip_prompt
         self._given = 0
@@ -70,12 +72,16 @@ def generate_text(
     inputs.pop("token_type_ids", None)
     if seed is not None:
         torch.manual_seed(seed)
-    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    sampling = (
+        {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    )
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     stream = TokenStream(tokenizer, on_text, skip_prompt=True)
     begin = time.perf_counter()
     with torch.inference_mode():
-        model.generate(**inputs, max_new_tokens=max_tokens, streamer=stream, pad_token_id=pad, **sampling)
+        model.generate(
+            **inputs, max_new_tokens=max_tokens, streamer=stream, pad_token_id=pad, **sampling
+        )
     seconds, times = time.perf_counter() - begin, stream.times
     rate = (len(times) - 1) / (times[-1] - times[0]) if len(times) > 1 else len(times) / seconds
     return {

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import os
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -146,15 +147,26 @@ class Trace:
     def read(cls, path: str | os.PathLike) -> Trace:
         """Reads and checks a trace; TraceError says what is wrong with it."""
         try:
-            with np.load(path, allow_pickle=False) as file:
-                if not hasattr(file, "files"):
-                    raise TraceError(
-                        f"{path} is a single array, not a routing trace; make one with comoe trace"
-                    )
+            loaded = np.load(path, allow_pickle=False)
+            if not isinstance(loaded, np.lib.npyio.NpzFile):
+                raise TraceError(
+                    f"{path} is a single array, not a routing trace; make one with comoe trace"
+                )
+            with loaded as file:
                 arrays = {name: file[name] for name in file.files}
-        except (zipfile.BadZipFile, ValueError, EOFError, KeyError) as error:
-            if isinstance(error, TraceError):
-                raise
+        except TraceError:
+            raise
+        except (
+            zipfile.BadZipFile,
+            zlib.error,
+            ValueError,
+            EOFError,
+            KeyError,
+            NotImplementedError,
+            OSError,
+        ) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise  # the disk's error, not the file's
             raise TraceError(f"{path} is not a routing trace, or is damaged ({error})") from error
         missing = {
             "format",

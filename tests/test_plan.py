@@ -5,7 +5,7 @@ import pytest
 
 from comoe.policy.plan import BITS2, BITS3, BITS4, BITS8, EXACT, BudgetError, EvenPlanner, Sizes
 from comoe.policy.predictor import PrefetchGauge
-from comoe.policy.upgrades import LastUsedFirst
+from comoe.policy.upgrades import RecentUse
 
 # Two layers of different shape; records of 2, 1, 1, 4 and 16 bits.
 SIZES = Sizes(
@@ -49,11 +49,17 @@ def test_too_small_says_what_is_needed():
         EvenPlanner().plan(SIZES, 3199, exact=True)
 
 
-def test_upgrades_only_experts_below_the_wanted_level():
-    used = np.array([0, 1, 2, 3, 1], np.uint8)  # level + 1
-    assert LastUsedFirst().choose(used, 1).tolist() == [1, 4]
-    assert LastUsedFirst(per_step=1).choose(used, 1).tolist() == [1]
-    assert LastUsedFirst().choose(np.zeros(4, np.uint8), 4).size == 0
+def test_upgrades_prefer_what_was_used_last_and_often():
+    policy = RecentUse([3, 2], half_life=2.0)
+    policy.note([np.array([1, 0, 3], np.uint8), np.array([0, 0], np.uint8)])
+    policy.note([np.array([0, 0, 2], np.uint8), np.array([0, 1], np.uint8)])
+    choices = {layer: (experts.tolist(), values) for layer, experts, values in policy.choose()}
+    assert choices[0][0] == [2, 0, 1]
+    assert choices[1][0] == [1, 0]
+    first = 2**-0.5  # used once, one step ago
+    np.testing.assert_allclose(choices[0][1][1], first / (1 + first))
+    for values in (choices[0][1], choices[1][1]):
+        assert ((values >= 0) & (values < 1)).all()
 
 
 def test_gauge_stops_useless_speculation_and_counts():

@@ -12,9 +12,14 @@ from comoe.cli import tables
 from comoe.cli.common import bytes_bar, count_bar, output, quiet_transformers
 from comoe.config import parse_bytes
 
-Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else, to stdout.")]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print the result as JSON, and nothing else, to stdout.")
+]
 Model = Annotated[
-    str, typer.Argument(metavar="DST", help="A packed folder (comoe pack), an unpacked one, or a hub id.")
+    str,
+    typer.Argument(
+        metavar="DST", help="A packed folder (comoe pack), an unpacked one, or a hub id."
+    ),
 ]
 Memory = Annotated[
     str | None,
@@ -25,9 +30,14 @@ Memory = Annotated[
     ),
 ]
 Exact = Annotated[bool, typer.Option("--exact", help="Use only the original weights, bit for bit.")]
-Threads = Annotated[int, typer.Option("--threads", help="Threads for computing; 0: as many as torch takes.")]
+Threads = Annotated[
+    int, typer.Option("--threads", help="Threads for computing; 0: as many as torch takes.")
+]
 NoVerify = Annotated[
-    bool, typer.Option("--no-verify", help="Do not check the store's checksums while reading (trusted files).")
+    bool,
+    typer.Option(
+        "--no-verify", help="Do not check the store's checksums while reading (trusted files)."
+    ),
 ]
 
 
@@ -48,14 +58,17 @@ def show_version(wanted: bool) -> None:
 def callback(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
     version: Annotated[
-        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version.")
+        bool,
+        typer.Option("--version", callback=show_version, is_eager=True, help="Print the version."),
     ] = False,
 ) -> None:
     # --debug is looked at where errors are caught: it must hold before a command is found.
     pass
 
 
-def load(path: str, memory: str | None, exact: bool, threads: int = 0, verify: bool = True) -> tuple[Any, Any]:
+def load(
+    path: str, memory: str | None, exact: bool, threads: int = 0, verify: bool = True
+) -> tuple[Any, Any]:
     """The model and its tokenizer; says in one line (stderr) what was decided."""
     quiet_transformers()
     # Checked before torch is loaded: a misspelt size should not take seconds to be refused.
@@ -75,10 +88,16 @@ def load(path: str, memory: str | None, exact: bool, threads: int = 0, verify: b
 
 
 def demo(
-    out: Annotated[Path, typer.Option("--out", help="Folder for the packed model and the plot.")] = Path("demo-out"),
+    out: Annotated[
+        Path, typer.Option("--out", help="Folder for the packed model and the plot.")
+    ] = Path("demo-out"),
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Text to continue.")] = None,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", help="Tokens to generate per budget.")] = 64,
-    quick: Annotated[bool, typer.Option("--quick", help="Two budgets and little text: for tests.")] = False,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", help="Tokens to generate per budget.")
+    ] = 64,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Two budgets and little text: for tests.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Run the bundled model in less and less memory, next to plain transformers.
@@ -137,11 +156,15 @@ def pack(
 
 def run(
     path: Model,
-    prompt: Annotated[str, typer.Option("--prompt", "-p", help="Text to continue; - reads standard input.")],
+    prompt: Annotated[
+        str, typer.Option("--prompt", "-p", help="Text to continue; - reads standard input.")
+    ],
     memory: Memory = None,
     exact: Exact = False,
     max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", help="Most new tokens.")] = 128,
-    temperature: Annotated[float, typer.Option("--temperature", help="0: the likeliest token each time.")] = 0.0,
+    temperature: Annotated[
+        float, typer.Option("--temperature", help="0: the likeliest token each time.")
+    ] = 0.0,
     seed: Annotated[int | None, typer.Option("--seed", help="Of the sampling.")] = None,
     threads: Threads = 0,
     no_verify: NoVerify = False,
@@ -172,7 +195,16 @@ def run(
             on_text=None if as_json else show,
         )
         stats = model.comoe.stats()
-        names = ("memory", "peak", "baseline", "bytes_read", "hits", "misses", "bits_per_weight", "plan")
+        names = (
+            "memory",
+            "peak",
+            "baseline",
+            "bytes_read",
+            "hits",
+            "misses",
+            "bits_per_weight",
+            "plan",
+        )
         figures |= {name: stats[name] for name in names}
         model.comoe.close()
         if as_json:
@@ -186,10 +218,15 @@ def evaluate(
     text: Annotated[Path, typer.Option("--text", "-t", help="A text file (UTF-8).")],
     memory: Memory = None,
     exact: Exact = False,
-    max_tokens: Annotated[int | None, typer.Option("--max-tokens", help="Use only the text's first tokens.")] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option("--max-tokens", help="Use only the text's first tokens.")
+    ] = None,
     window: Annotated[int, typer.Option("--window", help="Tokens per window.")] = 512,
     reference: Annotated[
-        bool, typer.Option("--reference/--no-reference", help="Compare with the exact model (KL, agreement).")
+        bool,
+        typer.Option(
+            "--reference/--no-reference", help="Compare with the exact model (KL, agreement)."
+        ),
     ] = True,
     threads: Threads = 0,
     as_json: Json = False,
@@ -224,7 +261,15 @@ def evaluate(
                 progress=update,
             )
         stats = result.pop("stats")
-        names = ("expert_bytes", "expert_bytes_exact", "bits_per_weight", "memory", "peak", "baseline", "bytes_read")
+        names = (
+            "expert_bytes",
+            "expert_bytes_exact",
+            "bits_per_weight",
+            "memory",
+            "peak",
+            "baseline",
+            "bytes_read",
+        )
         result |= {name: stats[name] for name in names}
         if as_json:
             emit(result)
@@ -250,10 +295,14 @@ def inspect(path: Annotated[Path, typer.Argument(metavar="DST")], as_json: Json 
 def trace(
     path: Model,
     text: Annotated[Path, typer.Option("--text", "-t", help="A text file (UTF-8) to read.")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="The trace to write (npz).")] = Path("trace.npz"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="The trace to write (npz).")] = Path(
+        "trace.npz"
+    ),
     memory: Memory = None,
     exact: Exact = False,
-    max_tokens: Annotated[int | None, typer.Option("--max-tokens", help="Use only the text's first tokens.")] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option("--max-tokens", help="Use only the text's first tokens.")
+    ] = None,
     window: Annotated[int, typer.Option("--window", help="Tokens per sequence.")] = 512,
     as_json: Json = False,
 ) -> None:
@@ -283,7 +332,9 @@ def trace(
 
 
 def doctor(
-    folder: Annotated[Path, typer.Argument(help="Where your stores are: this disk is measured.")] = Path("."),
+    folder: Annotated[
+        Path, typer.Argument(help="Where your stores are: this disk is measured.")
+    ] = Path("."),
     as_json: Json = False,
 ) -> None:
     """Show this machine's device, versions and measured bandwidths, and how to mend what is slow.
@@ -304,6 +355,6 @@ def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"--text: {path} is not UTF-8 text (byte {error.start}); convert it first") from error
-
-
+        raise ValueError(
+            f"--text: {path} is not UTF-8 text (byte {error.start}); convert it first"
+        ) from error

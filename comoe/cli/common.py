@@ -69,7 +69,12 @@ def bytes_bar(text: str) -> Iterator[Callable[[int, int], None]]:
 @contextlib.contextmanager
 def count_bar(text: str) -> Iterator[Callable[[int, int], None]]:
     """A bar that counts tokens; gives update(done, total)."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
     with _bar(text, columns) as update:
         yield update
 

@@ -33,7 +33,9 @@ def run_line(figures: dict[str, Any]) -> str:
 
 def show_store(path: Path, summary: dict[str, Any]) -> None:
     console = _console()
-    table = Table(title=f"{escape(str(path))} (store version {summary['version']})", title_justify="left")
+    table = Table(
+        title=f"{escape(str(path))} (store version {summary['version']})", title_justify="left"
+    )
     for name in ("rung", "bits per weight", "bytes of all experts", "more than the rung below"):
         table.add_column(name, justify="left" if name == "rung" else "right")
     below = 0
@@ -41,7 +43,9 @@ def show_store(path: Path, summary: dict[str, Any]) -> None:
         # The planes add up; `exact` replaces them all.
         more = rung["bytes"] if rung["name"] == "exact" else rung["bytes"] - below
         below = rung["bytes"]
-        table.add_row(rung["name"], f"{rung['bits']:.3f}", format_bytes(rung["bytes"]), format_bytes(more))
+        table.add_row(
+            rung["name"], f"{rung['bits']:.3f}", format_bytes(rung["bytes"]), format_bytes(more)
+        )
     console.print(table)
     console.print(
         f"{summary['layers']} MoE layers, {summary['experts']} experts in all, "
@@ -62,7 +66,10 @@ def show_evaluation(result: dict[str, Any]) -> None:
         ("KL(exact || this), nats per token", _number(result["kl"], ".5f")),
         ("top-1 agreement with exact", _number(result["top1_agreement"], ".2%")),
         ("bits per expert weight", _number(result["bits_per_weight"], ".2f")),
-        ("expert bytes held", f"{format_bytes(result['expert_bytes'])} of {format_bytes(result['expert_bytes_exact'])}"),
+        (
+            "expert bytes held",
+            f"{format_bytes(result['expert_bytes'])} of {format_bytes(result['expert_bytes_exact'])}",
+        ),
         ("memory asked", format_bytes(result["memory"])),
         ("peak", f"{format_bytes(result['peak'])} (baseline {format_bytes(result['baseline'])})"),
     )
@@ -85,14 +92,24 @@ def show_doctor(report: dict[str, Any]) -> None:
     table.add_column()
     table.add_column(overflow="fold")
     cpu, ram, disk = report["cpu"], report["memory"], report["bandwidth"]["disk"]
-    limit = "" if ram["cgroup_limit"] is None else f", container limit {format_bytes(ram['cgroup_limit'])}"
-    table.add_row("versions", ", ".join(f"{k} {v or 'missing'}" for k, v in report["versions"].items()))
+    limit = (
+        ""
+        if ram["cgroup_limit"] is None
+        else f", container limit {format_bytes(ram['cgroup_limit'])}"
+    )
+    table.add_row(
+        "versions", ", ".join(f"{k} {v or 'missing'}" for k, v in report["versions"].items())
+    )
     table.add_row("CPU", f"{escape(cpu['model'])}, {cpu['cores']} cores, load {cpu['load']:.1f}")
     table.add_row("kernels", cpu["isa"] or "native module missing")
-    table.add_row("memory", f"{format_bytes(ram['total'])}, {format_bytes(ram['available'])} available{limit}")
+    table.add_row(
+        "memory", f"{format_bytes(ram['total'])}, {format_bytes(ram['available'])} available{limit}"
+    )
     table.add_row("memory read", f"{format_bytes(report['bandwidth']['memory_read'])}/s")
     how = "O_DIRECT" if disk["direct"] else "through the page cache"
-    table.add_row("disk read", f"{format_bytes(disk['bytes_per_second'])}/s, {how}, {escape(disk['folder'])}")
+    table.add_row(
+        "disk read", f"{format_bytes(disk['bytes_per_second'])}/s, {how}, {escape(disk['folder'])}"
+    )
     for gpu in report["gpus"]:
         unified = ", unified memory" if gpu["unified_memory"] else ""
         capability = ".".join(map(str, gpu["capability"]))
@@ -113,7 +130,9 @@ def show_doctor(report: dict[str, Any]) -> None:
 def show_demo(rows: list[dict[str, Any]]) -> None:
     console = _console()
     plain = rows[0]["plain"]
-    table = Table(title="One packed file, less and less memory (bundled model)", title_justify="left")
+    table = Table(
+        title="One packed file, less and less memory (bundled model)", title_justify="left"
+    )
     for name in ("memory", "peak", "above baseline", "bits/weight", "tokens/s", "perplexity"):
         table.add_column(name, justify="right")
     table.add_row(
@@ -139,6 +158,9 @@ def show_demo(rows: list[dict[str, Any]]) -> None:
         f"Interpreter's baseline: {format_bytes(rows[0]['baseline'])}.",
         highlight=False,
     )
-    for name, row in [("transformers", plain), *((format_bytes(row["memory"]), row) for row in rows)]:
+    for name, row in [
+        ("transformers", plain),
+        *((format_bytes(row["memory"]), row) for row in rows),
+    ]:
         console.rule(f"{name}: {row['plan']}" if "plan" in row else name, align="left")
         console.print(row["prompt"] + row["text"], markup=False, highlight=False)

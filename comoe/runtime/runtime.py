@@ -12,7 +12,7 @@ from comoe import _C, memory
 from comoe.config import CoMoEConfig, format_bytes, parse_bytes
 from comoe.policy.plan import EXACT, LEVEL_MASKS, EvenPlanner, Plan, Planner
 from comoe.policy.predictor import NoPredictor, Predictor, PrefetchGauge
-from comoe.policy.upgrades import LastUsedFirst, UpgradePolicy
+from comoe.policy.upgrades import RecentUse, UpgradePolicy
 from comoe.runtime.budget import Budget, ModelSizes
 from comoe.runtime.engine import Records, open_engine, pool_floor, slab_bytes, store_sizes
 from comoe.runtime.prefill import forward_unpacked
@@ -24,6 +24,7 @@ from comoe_kernels.threads import share_torch_threads
 PREFETCH, UPGRADE = 1, 2  # classes of transfers
 SCRATCH_BYTES = 1_000_000  # of the kernels; disk reads go straight into the pool's pages
 RECORD_BYTES = 400  # the engine's tables, per record
+UPGRADE_EVERY = 8  # steps between choices of experts that climb
 CALM_STEPS = 8  # steps without pressure before the pool takes back what it lent
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -51,12 +52,13 @@ class Runtime:
         self.store, self.specs, self.config = store, specs, config
         self.predictor = predictor or NoPredictor()
         self.planner = planner or EvenPlanner()
-        self.upgrades = upgrades or LastUsedFirst()
+        self.upgrades = upgrades or RecentUse([spec.num_experts for spec in specs])
         self.gauge = PrefetchGauge()
         self._on_close = on_close
         self._lock = threading.RLock()  # one step, or one change of budget, at a time
         self._closed = False
         self._calm = 0
+        self._step = 0
         share_torch_threads()
         if config.threads:
             _C.set_num_threads(config.threads)
@@ -67,7 +69,7 @@ class Runtime:
         fixed = SCRATCH_BYTES + RECORD_BYTES * sum(layer.records.size for layer in store.layers)
         self.budget = Budget(total, baseline, sizes, floor, fixed)
         planned = self.budget.planned_pool(config.max_context)
-        self._slab_bytes = slab_bytes(planned, store.page_bytes)
+        self._slab_bytes = slab_bytes(planned, floor, store.page_bytes)
         self.plan = self._make_plan()
         self.engine, first = open_engine(
             store,
@@ -177,7 +179,9 @@ class Runtime:
             return
         with self._lock:
             self._govern(self.budget.sizes.workspace(batch, tokens, logits))
-            if self.config.upgrade and self.plan.want_level > self.plan.min_level:
+            self._step += 1
+            self.upgrades.note(self._used)
+            if self.config.upgrade and self._step % UPGRADE_EVERY == 0:
                 self._upgrade()
             for used in self._used:
                 used[:] = 0
@@ -240,12 +244,16 @@ class Runtime:
         self.engine.request(base, UPGRADE)
 
     def _upgrade(self) -> None:
-        """Asks for the next plane of experts that the last step used below the wanted level."""
-        for layer_idx, used in enumerate(self._used):
-            experts = self.upgrades.choose(used, self.plan.want_level)
-            if experts.size:
-                missing = LEVEL_MASKS[self.plan.want_level] & ~LEVEL_MASKS[self.plan.min_level]
-                self.engine.request(self.records.of(layer_idx, experts, missing), UPGRADE)
+        """Values the planes above the plan's level by use, and asks for those of the best experts:
+        one is read only if it is worth more than what it pushes out."""
+        missing = LEVEL_MASKS[self.plan.want_level] & ~LEVEL_MASKS[self.plan.min_level]
+        if not missing or not self.plan.resident:
+            return
+        for layer_idx, experts, values in self.upgrades.choose():
+            ids = self.records.of(layer_idx, experts, missing)
+            per_expert = ids.size // experts.size
+            self.engine.set_value(ids, np.repeat(values, per_expert).astype(np.float32))
+            self.engine.request(ids, UPGRADE)
 
     # ---- reporting ------------------------------------------------------------------------------
 
