@@ -30,9 +30,9 @@ def _attribute(config, *names: str, default: int = 0) -> int:
 def experts_per_token(model: nn.Module) -> int:
     """K, the most experts that one token uses in a layer."""
     config = model.config.get_text_config()
-    return _attribute(
-        config, "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts", default=2
-    )
+    names = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
+    inner = getattr(config, "ffn_config", config)  # DBRX
+    return _attribute(config, *names, default=_attribute(inner, *names, default=2))
 
 
 def model_sizes(model: nn.Module, experts_per_token: int, expert_intermediate: int) -> ModelSizes:
