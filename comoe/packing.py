@@ -153,6 +153,13 @@ class _Packing:
                 f"pack: {self.checkpoint.folder} has no tokenizer; the packed model will take token ids only",
                 stacklevel=2,
             )
+        unused = self.checkpoint.unused
+        if unused:
+            warnings.warn(
+                f"pack: {len(unused)} tensors that {type(self.checkpoint.model).__name__} does not use are "
+                f"left out, e.g. {unused[0]}",
+                stacklevel=2,
+            )
         config = json.loads((self.checkpoint.folder / "config.json").read_text())
         config["quantization_config"] = {"quant_method": "comoe", "format": 1}
         if not config.get("architectures"):

@@ -30,10 +30,6 @@ from comoe import _C
 from comoe_kernels.unpack import DTYPES, check_tensor, packed_bytes, row_stride, unpack, unpack_bias
 
 PREFILL_ROWS = 32
-# Rows are padded to a multiple of this before torch multiplies. oneDNN makes and keeps code for each
-# new number of rows: with rows as they come, four windows of 256 tokens of a 5-layer, 16-expert model
-# took 185 MB; padded, 13 MB.
-ROW_STEP = 64
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "quick_gelu", "swigluoai")
 
@@ -247,9 +243,6 @@ def expert_ffn_prefill(
     """
     check_tensor("expert_ffn_prefill", "x", x, (None, expert.hidden))
     workspace = workspace or Workspace()
-    num_rows = x.shape[0]
-    if num_rows % ROW_STEP:
-        x = torch.nn.functional.pad(x, (0, 0, 0, -num_rows % ROW_STEP))
 
     def linear(v: torch.Tensor, matrix: int, rows: int, out: torch.Tensor | None = None) -> torch.Tensor:
         weight = unpack(expert, matrix, out=workspace.matrix(rows, v.shape[1], v.dtype))
@@ -262,5 +255,5 @@ def expert_ffn_prefill(
     else:
         gate = linear(x, 0, inter) if expert.gated else None
         hidden = activate_ref(gate, linear(x, last - 1, inter), activation, alpha, limit)
-    result = linear(hidden.to(x.dtype), last, expert.hidden)[:num_rows]
+    result = linear(hidden.to(x.dtype), last, expert.hidden)
     return result if post_norm is None else post_norm(result)

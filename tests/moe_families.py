@@ -110,6 +110,7 @@ ALWAYS = {
 # Family -> fields that the rules above get wrong; "class" names the model where the text path alone
 # is tested (building the whole of some multimodal families is no test of experts).
 SPECIAL: dict[str, dict] = {
+    "bailing_hybrid": {"layer_group_size": 2},
     "dbrx": {"attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0}},
     "deepseek_ocr2": {
         "class": "DeepseekOcr2TextModel",
@@ -130,6 +131,7 @@ SPECIAL: dict[str, dict] = {
         "index_head_dim": 16,
         "index_n_heads": 2,
     },
+    "doge": {"is_moe": True, "num_experts": 16},
     "dots1": {"n_shared_experts": 1},
     "ernie4_5_vl_moe": {
         "class": "Ernie4_5_VLMoeForConditionalGeneration",
@@ -155,7 +157,16 @@ SPECIAL: dict[str, dict] = {
         "linear_num_heads": 4,
         "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
     },
+    "granitemoehybrid": {
+        "layer_types": ["linear_attention", "full_attention", "linear_attention", "full_attention"]
+    },
     "hunyuan_v1_moe": {"head_dim": 16},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "kimi_linear": {
+        "layer_types": ["linear_attention", "full_attention"] * 2,
+        "linear_head_dim": 16,
+        "linear_num_heads": 4,
+    },
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
     "muse_spark": {"class": "MuseSparkTextModel", "moe_hidden_size": 48},
     "nemotron_h": {
@@ -178,6 +189,8 @@ SPECIAL: dict[str, dict] = {
         },
         "vision_config": {"num_hidden_layers": 2},
     },
+    "switch_transformers": {"decoder_start_token_id": 0},
+    "vitpose_backbone": {"class": "VitPoseBackbone", "num_experts": 4, "part_features": 16},
     "zaya": {"num_experts_per_tok": 1},
 }
 
@@ -248,9 +261,18 @@ def build(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> Pre
     config = small_config(family, cls.config_class)
     config._experts_implementation = "eager"
     torch.manual_seed(seed)
-    model = cls(config).eval()
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # as from_pretrained does it
+    try:
+        model = cls(config).eval()
+    finally:
+        torch.set_default_dtype(before)
     spread(model)
-    return model.to(dtype)
+    keep = set(model._keep_in_fp32_modules_strict or ())
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if tensor.is_floating_point() and any(part in name for part in keep):
+            tensor.data = tensor.data.float()
+    return model
 
 
 def build_meta(family: str) -> PreTrainedModel:

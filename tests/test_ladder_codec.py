@@ -91,28 +91,30 @@ def test_error_falls_with_every_rung_and_beats_the_bounds_of_lloyd():
     assert errors[0] > 0.1
 
 
-def plain_error(values: np.ndarray, bits: int, group: int) -> float:
-    """Mean squared error of asymmetric min-max rounding with fp16 scale and zero per group."""
-    x = values.reshape(-1, group)
+def plain_error(values: np.ndarray, bits: int, int_zero: bool) -> float:
+    """Mean squared error of min-max rounding in groups of 128; scale in fp16, zero in fp16 or `bits` bits."""
+    x = values.reshape(-1, 128)
     low, high = x.min(1, keepdims=True), x.max(1, keepdims=True)
+    if int_zero:
+        low, high = np.minimum(low, 0), np.maximum(high, 0)
     scale = ((high - low) / (2**bits - 1)).astype(np.float16).astype(np.float32)
-    low = low.astype(np.float16).astype(np.float32)
+    low = np.rint(low / scale) * scale if int_zero else low.astype(np.float16).astype(np.float32)
     return float(
         np.mean((np.clip(np.rint((x - low) / scale), 0, 2**bits - 1) * scale + low - x) ** 2)
     )
 
 
-@pytest.mark.parametrize("name", ["gaussian", "student-t4"])
-def test_error_against_plain_rounding_of_more_bits(name):
-    """Plain groups of 128 cost 0.25 bit of parameters, ours 0.125: the stronger side is the rival."""
+@pytest.mark.parametrize("int_zero", [False, True])
+@pytest.mark.parametrize("df", [None, 5, 4])
+def test_error_against_plain_rounding_of_more_bits(df, int_zero):
+    """Plain groups of 128 cost 0.14 to 0.25 bit of parameters, ours 0.125: the stronger side is the rival."""
     rng = np.random.default_rng(2)
-    size = (256, 1024)
-    up = rng.standard_normal(size) if name == "gaussian" else rng.standard_t(4, size)
-    up = up.astype(np.float32)
+    size = (256, 2048)
+    up = (rng.standard_t(df, size) if df else rng.standard_normal(size)).astype(np.float32)
     shape, payloads = encode_matrix(up)
     for level, (bits, bound) in enumerate([(2, 0.75), (3, 0.9), (4, 1.0), (8, 1.1)]):
         ours = np.mean((codec.decode_ref(shape, payloads, level, 0) - up) ** 2)
-        assert ours <= bound * plain_error(up, bits, 128), f"{bits} bits"
+        assert ours <= bound * plain_error(up, bits, int_zero), f"{bits} bits"
 
 
 def test_planes_nest():

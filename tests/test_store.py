@@ -260,3 +260,13 @@ def test_wrong_specs_are_named():
         replace(SPEC, activation="sine")
     with pytest.raises(StoreError, match=r"hidden must be 1\.\.16777216, got 0"):
         replace(SPEC, hidden=0)
+
+
+def test_a_source_that_cannot_be_read_is_not_called_a_full_disk(tmp_path):
+    def experts():
+        yield tiny_expert(SPEC, 0)
+        raise OSError(errno.EIO, "shard 3 cannot be read")
+
+    with pytest.raises(OSError, match="shard 3"):
+        StoreWriter(tmp_path).add_layer("experts", SPEC, experts())
+    assert os.listdir(tmp_path / "experts") == []

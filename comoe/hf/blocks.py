@@ -64,7 +64,7 @@ def discover(model: nn.Module) -> list[MoEBlock]:
 
 def _why_none(model: nn.Module) -> str:
     kinds = {type(m).__name__ for m in model.modules()}
-    experts = sorted(k for k in kinds if "Expert" in k or k.endswith(("MoE", "Moe", "SparseMLP")))
+    experts = sorted(k for k in kinds if "Expert" in k or k.endswith(("MoE", "Moe", "MoeMLP")))
     if not experts:
         return (
             f"discover: {type(model).__name__} is not a Mixture-of-Experts model: none of its modules "

@@ -25,6 +25,11 @@ def offload_model(model: nn.Module, config: CoMoEConfig, folder: Path | None = N
 
     Nothing of the model changes until the whole store is written, so a full disk costs nothing.
     """
+    if any(hasattr(module, "_comoe") for module in model.modules()):
+        raise ValueError(
+            "offload: the model's experts are already in a comoe store; use model.comoe.set_memory to "
+            "change its budget"
+        )
     blocks = discover(model)
     for block in blocks:
         for name in block.parameter_names:

@@ -24,6 +24,7 @@ from comoe.hf.blocks import MoEBlock, discover
 
 METHOD = "comoe"
 STORE_FOLDER = "experts"
+FORMAT = 1
 
 
 class CoMoEQuantizationConfig(QuantizationConfigMixin):
@@ -33,11 +34,16 @@ class CoMoEQuantizationConfig(QuantizationConfigMixin):
     """
 
     def __init__(
-        self, format: int = 1, options: dict[str, Any] | None = None, **kwargs: Any
+        self, format: int = FORMAT, options: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
         kwargs.pop("quant_method", None)
         if kwargs:
             raise ValueError(f"quantization_config of comoe: unknown fields {sorted(kwargs)}")
+        if format != FORMAT:
+            raise ValueError(
+                f"quantization_config of comoe: format {format} is not known to this version (it knows "
+                f"{FORMAT}); install a newer comoe or pack again"
+            )
         self.quant_method = METHOD
         self.format = format
         self.options = dict(options or {})
@@ -100,6 +106,7 @@ class CoMoEQuantizer(HfQuantizer):
             )
         config = self.quantization_config.comoe_config()
         store = Store.open(folder, verify=config.verify)
+        check_store(store, self._blocks, self._folder)
         start_runtime(model, self._blocks, store, config, self._baseline)
         refuse_saving(model, f"copy the folder {self._folder} instead")
         self.quantization_config.options = {}
@@ -111,6 +118,21 @@ class CoMoEQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return False
+
+
+def check_store(store, blocks: list[MoEBlock], folder: Path) -> None:
+    """The store's layers are those of the model, by name and shape."""
+    fields = ("name", "num_experts", "hidden", "intermediate", "gated", "biased")
+    have = [tuple(getattr(layer, f) for f in fields) for layer in store.layers]
+    want = [tuple(getattr(block.spec, f) for f in fields) for block in blocks]
+    if have != want:
+        odd = next((pair for pair in zip(have, want, strict=False) if pair[0] != pair[1]), None)
+        detail = (
+            f"it has {odd[0]}, the model {odd[1]}" if odd else f"{len(have)} layers for {len(want)}"
+        )
+        raise ValueError(
+            f"{folder}: the expert store belongs to another model: {detail}. Pack the checkpoint again."
+        )
 
 
 def register() -> None:

@@ -7,6 +7,7 @@ to need the whole model. Tensors are copied from file to file without passing th
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -99,8 +100,14 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
                 raise damaged(f"tensor {name} has offsets {begin}..{end}")
             if 8 + length + end > size:
                 raise damaged(f"tensor {name} ends at byte {8 + length + end} of {size}")
+            shape = tuple(int(n) for n in info["shape"])
+            dtype = DTYPES.get(info["dtype"])
+            if dtype is not None and math.prod(shape) * dtype.itemsize != end - begin:
+                raise damaged(
+                    f"tensor {name} of shape {shape} and type {info['dtype']} has {end - begin} bytes"
+                )
             entries[name] = TensorEntry(
-                path, name, info["dtype"], tuple(info["shape"]), 8 + length + begin, end - begin
+                path, name, info["dtype"], shape, 8 + length + begin, end - begin
             )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, CheckpointError):

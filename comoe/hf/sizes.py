@@ -7,10 +7,19 @@ from torch import nn
 from comoe.runtime.budget import ModelSizes
 
 
+def _value(config, name: str):
+    """The field, or the list of its values where it varies by layer: such a field refuses plain reading."""
+    try:
+        return getattr(config, name, None)
+    except Exception:
+        layers = config.num_hidden_layers
+        return [getattr(config.per_layer_config[i], name) for i in range(layers)]
+
+
 def _attribute(config, *names: str, default: int = 0) -> int:
     """The first of `names` that the config has, as a number (the largest where it lists one per layer)."""
     for name in names:
-        value = getattr(config, name, None)
+        value = _value(config, name)
         if isinstance(value, (list, tuple)):
             value = max((v for v in value if isinstance(v, int)), default=None)
         if isinstance(value, int) and not isinstance(value, bool):

@@ -9,8 +9,8 @@ from comoe.policy.plan import EXACT, LEVEL_MASKS, Sizes
 from comoe.store import Store
 
 NUM_RECORDS = 5
-SLAB_SHARE = 16  # a slab is about this fraction of the pool, so that it shrinks in small steps
-LARGEST_SLAB = 64 << 20
+SLAB_SHARE = 64  # a slab is at most this fraction of the pool, so that it shrinks in small steps
+LEAST_SLAB = 4 << 20  # where the pool is large enough: fewer mappings, longer runs of pages
 
 
 def store_sizes(store: Store, experts_per_token: int) -> Sizes:
@@ -21,9 +21,10 @@ def store_sizes(store: Store, experts_per_token: int) -> Sizes:
     return Sizes(paged, num_experts, experts_per_token)
 
 
-def slab_bytes(pool_bytes: int, page_bytes: int) -> int:
-    """A whole number of pages near pool / 16, at most 64 MiB."""
-    return max(1, min(pool_bytes // SLAB_SHARE, LARGEST_SLAB) // page_bytes) * page_bytes
+def slab_bytes(pool_bytes: int, floor: int, page_bytes: int) -> int:
+    """A whole number of pages: room for one expert or 4 MiB, but at most pool / 64."""
+    pages = min(pool_bytes // SLAB_SHARE, max(floor, LEAST_SLAB)) // page_bytes
+    return max(1, pages) * page_bytes
 
 
 def pool_floor(sizes: Sizes, level: int, page_bytes: int) -> int:

@@ -14,6 +14,18 @@ if TYPE_CHECKING:
     from comoe.runtime.spec import ExpertsSpec
 
 
+def padded_rows(rows: int) -> int:
+    """Rows that a matmul of `rows` rows is padded to, so that few distinct sizes occur.
+
+    The CPU library compiles a kernel for every new size and keeps it: 0.6 MB and four times the
+    time of the product each (measured: bf16, 512 x 512, 100 to 163 rows). At most 1/8 is wasted above 512.
+    """
+    if rows <= 64:
+        return max(16, 1 << (rows - 1).bit_length())
+    step = max(64, 1 << (rows.bit_length() - 4))
+    return -(-rows // step) * step
+
+
 def forward_unpacked(
     op: _C.MoeOp,
     layer_idx: int,
@@ -49,8 +61,10 @@ def forward_unpacked(
                 expert = int(experts[need])
                 pairs = order[bounds[expert] : bounds[expert + 1]]
                 rows = pairs // k
+                x = hidden.new_zeros((padded_rows(rows.numel()), spec.hidden))
+                torch.index_select(hidden, 0, rows, out=x[: rows.numel()])
                 result = expert_ffn_prefill(
-                    hidden[rows],
+                    x,
                     op.expert(layer_idx, expert, level),
                     activation=spec.activation,
                     alpha=spec.alpha,
@@ -59,9 +73,12 @@ def forward_unpacked(
                     post_norm=spec.post_norm,
                     workspace=workspace,
                 )
+                result = result[: rows.numel()]
                 session.done(need)
                 used[expert] = level + 1
-                total.index_add_(0, rows, result.double() * flat_weights[pairs, None].double())
+                # Rounded like the experts of transformers, so that near ties fall the same way.
+                weighted = (result * flat_weights[pairs, None]).to(hidden.dtype)
+                total.index_add_(0, rows, weighted.double())
     finally:
         session.close()
     return total.to(hidden.dtype)

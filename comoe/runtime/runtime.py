@@ -69,7 +69,7 @@ class Runtime:
         fixed = SCRATCH_BYTES + RECORD_BYTES * sum(layer.records.size for layer in store.layers)
         self.budget = Budget(total, baseline, sizes, floor, fixed)
         planned = self.budget.planned_pool(config.max_context)
-        self._slab_bytes = slab_bytes(planned, store.page_bytes)
+        self._slab_bytes = slab_bytes(planned, floor, store.page_bytes)
         self.plan = self._make_plan()
         self.engine, first = open_engine(
             store,

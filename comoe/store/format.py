@@ -19,8 +19,8 @@ ALIGNMENT = 4096  # of extents in a layer file, and of page_bytes
 
 # Limits that a reader checks before it believes a count. Far above any model that exists.
 MAX_LAYERS = 4096
-MAX_EXPERTS = 1 << 16
-MAX_RECORDS = 64
+MAX_EXPERTS = 1 << 14
+MAX_RECORDS = 32
 MAX_SIZE = 1 << 24  # of H and I
 MAX_NAME_BYTES = 4096
 MAX_MANIFEST_BYTES = 16 << 20

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +14,7 @@ from comoe import _C
 from comoe.store import format as fmt
 from comoe.store.checks import parse_layer_header
 from comoe.store.format import LayerInfo, LayerSpec, StoreError
+from comoe.store.part_file import PartFile
 
 Arrays = Sequence[np.ndarray]
 
@@ -66,15 +65,6 @@ def build_header(
     return header.tobytes() + text[fmt.LAYER_HEADER.itemsize :]
 
 
-def sync_folder(folder: Path) -> None:
-    """Makes renames in the folder durable."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
 class StoreWriter:
     """Writes `folder`/experts. Layers in order of appearance, then `finish`.
 
@@ -107,7 +97,7 @@ class StoreWriter:
         experts: Iterable[tuple[Arrays, Arrays]],
         *,
         fingerprint: str | bytes = b"",
-        on_bytes: Callable[[int], None] | None = None,
+        on_bytes: Callable[[int], object] = lambda nbytes: None,
     ) -> LayerInfo:
         """Encodes and writes one layer; `experts` is not touched if the layer is already there.
 
@@ -120,8 +110,7 @@ class StoreWriter:
         done = self._finished(path, name, spec, layer_idx, mark)
         if done is not None:
             self.skipped += 1
-            if on_bytes:
-                on_bytes(done.file_bytes)
+            on_bytes(done.file_bytes)
         else:
             self._write_layer(path, name, spec, experts, layer_idx, mark, on_bytes)
             done = self._finished(path, name, spec, layer_idx, mark)
@@ -176,14 +165,9 @@ class StoreWriter:
         crc = _C.crc32c(text.encode())
         text = text.replace('"crc32c": "00000000"', f'"crc32c": "{crc:08x}"', 1)
         path = self.folder / fmt.MANIFEST_FILE
-        part = path.with_suffix(".json.part")
-        with _disk_errors(self.folder, len(text)):
-            with open(part, "wb") as file:
-                file.write(text.encode())
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, path)
-            sync_folder(self.folder)
+        with PartFile(path, len(text)) as part:
+            part.write(text.encode(), 0)
+            part.publish()
         # Layers that an older, longer store left behind.
         for stale in self.folder.glob("layer-*.bin*"):
             if stale.name not in {layer.file for layer in self.layers}:
@@ -223,44 +207,36 @@ class StoreWriter:
         data_offset = fmt.padded(layer_header_bytes(spec, name))
         ends = data_offset + np.cumsum(extents.reshape(-1)).reshape(extents.shape)
         records["offset"] = ends - extents
-        file_bytes = int(ends[-1, -1])
-        part = path.with_suffix(".bin.part")
-        written = 0
-        try:
-            with _disk_errors(self.folder, file_bytes), open(part, "wb", buffering=0) as file:
-                free = shutil.disk_usage(self.folder).free
-                if free < file_bytes:
-                    raise OSError(errno.ENOSPC, "not enough space for the layer")
-                _allocate(file.fileno(), file_bytes)
-                for matrices, biases in experts:
-                    if written == spec.num_experts:
-                        raise StoreError(
-                            f"StoreWriter: layer {name!r} must have {spec.num_experts} experts, got more"
-                        )
-                    payloads = self._encode(name, written, spec, matrices, biases)
-                    for record, payload in zip(records[written], payloads, strict=True):
-                        record["crc32c"] = _C.crc32c(payload)
-                        _write_at(file.fileno(), payload, int(record["offset"]))
-                    if on_bytes:
-                        on_bytes(int(extents[written].sum()))
-                    written += 1
-                if written != spec.num_experts:
+
+        def put(expert: int, payloads: list[np.ndarray]) -> int:
+            for record, payload in zip(records[expert], payloads, strict=True):
+                record["crc32c"] = _C.crc32c(payload)
+                part.write(payload, int(record["offset"]))
+            nbytes = int(extents[expert].sum())
+            part.flush(int(records[expert, 0]["offset"]), nbytes)
+            return nbytes
+
+        # One thread writes an expert while the next one is encoded. It ends before the file is closed.
+        with PartFile(path, int(ends[-1, -1])) as part, ThreadPoolExecutor(1) as behind:
+            written, pending = 0, None
+            for matrices, biases in experts:
+                if written == spec.num_experts:
                     raise StoreError(
-                        f"StoreWriter: layer {name!r} must have {spec.num_experts} experts, got {written}"
+                        f"layer {name!r} must have {spec.num_experts} experts, got more"
                     )
-                header = build_header(spec, name, layer_idx, mark, records)
-                _write_at(file.fileno(), np.frombuffer(header, np.uint8), 0)
-                os.fsync(file.fileno())
-                # The pages are of no more use to anyone; let them not push out those that are.
-                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            with _disk_errors(self.folder, 0):
-                os.replace(part, path)
-                sync_folder(self.folder)
-        except BaseException:
-            part.unlink(missing_ok=True)
-            raise
-        if on_bytes:
-            on_bytes(data_offset)
+                payloads = self._encode(name, written, spec, matrices, biases)
+                if pending:
+                    on_bytes(pending.result())
+                pending = behind.submit(put, written, payloads)
+                written += 1
+            if written != spec.num_experts:
+                raise StoreError(
+                    f"layer {name!r} must have {spec.num_experts} experts, got {written}"
+                )
+            on_bytes(pending.result())
+            part.write(build_header(spec, name, layer_idx, mark, records), 0)
+            part.publish()
+        on_bytes(data_offset)
 
     @staticmethod
     def _encode(
@@ -279,38 +255,3 @@ class StoreWriter:
                 f"{'with' if spec.biased else 'without'} biases, got {shape} {'with' if len(biases) else 'without'}"
             )
         return payloads
-
-
-def _write_at(fd: int, payload: np.ndarray, offset: int) -> None:
-    """All of it: a nearly full disk makes short writes before it makes errors."""
-    view = memoryview(payload)
-    while len(view):
-        count = os.pwrite(fd, view, offset)
-        if count == 0:
-            raise OSError(errno.ENOSPC, "write of 0 bytes")
-        view, offset = view[count:], offset + count
-
-
-@contextmanager
-def _disk_errors(folder: Path, needed: int):
-    """Turns a full or failing disk into a StoreError that says what to do."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            free = shutil.disk_usage(folder).free
-            raise StoreError(
-                f"disk full while writing to {folder}: the next file needs {needed:,} bytes, {free:,} are free; "
-                "make room and run again: finished layers are kept and skipped"
-            ) from error
-        raise StoreError(f"cannot write to {folder}: {error}; run again to resume") from error
-
-
-def _allocate(fd: int, nbytes: int) -> None:
-    """Asks for the whole file now, so that a full disk shows before any work is done."""
-    try:
-        os.posix_fallocate(fd, 0, nbytes)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
-            raise
-        os.truncate(fd, nbytes)  # this file system cannot promise

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <limits>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -56,80 +57,138 @@ std::atomic<const Kernels*>& current_kernels() {
 
 // ---- walking the pages ------------------------------------------------------------------------
 
-// Pointers to `count` consecutive blocks that start at `offset` of a record. From block `valid` on the
-// last valid pointer repeats: only prefetches follow those.
-void fill_blocks(const PagedBytes& bytes, int64_t offset, int64_t block_bytes, int64_t count, int64_t valid,
-                 const uint8_t** out) {
-  valid = std::min(valid, count);
-  for (int64_t i = 0; i < valid;) {
-    const uint8_t* p = bytes.at(offset);
-    const int64_t in_page = (bytes.page_bytes - offset % bytes.page_bytes) / block_bytes;
-    const int64_t end = std::min(i + in_page, valid);
-    offset += (end - i) * block_bytes;
-    for (; i < end; ++i, p += block_bytes) out[i] = p;
+// A place in a record, moved on block by block.
+struct Cursor {
+  const uint8_t* const* page = nullptr;
+  int64_t page_bytes = 0, offset = 0;  // offset within the page
+  Cursor() = default;
+  Cursor(const PagedBytes& bytes, int64_t at)
+      : page(bytes.pages + at / bytes.page_bytes),
+        page_bytes(bytes.page_bytes),
+        offset(at % bytes.page_bytes) {}
+  const uint8_t* get() const { return *page + offset; }
+  int64_t left() const { return page_bytes - offset; }
+  void advance(int64_t bytes) {  // bytes <= left()
+    offset += bytes;
+    if (offset == page_bytes) {
+      ++page;
+      offset = 0;
+    }
   }
-  for (int64_t i = valid; i < count; ++i) out[i] = out[valid - 1];
-}
+};
 
-// One matrix of one expert, tile by tile.
+// Row tiles of one matrix of one expert, from `first_tile` upwards.
 class MatrixWalk {
  public:
-  MatrixWalk(const ExpertGeometry& geometry, const ExpertView& expert, int m)
-      : geometry_(geometry), expert_(expert), m_(m), shape_(geometry.matrix(m)) {
-    blocks_per_plane_ = shape_.col_blocks() + kLookahead;
-    pointers_.resize(blocks_per_plane_ * num_planes(expert.level) + shape_.groups());
+  MatrixWalk(const ExpertGeometry& geometry, const ExpertView& expert, int m, int64_t first_tile)
+      : geometry_(geometry), expert_(expert), shape_(geometry.matrix(m)) {
+    block_ = first_tile * shape_.col_blocks();
+    const bool exact = expert.level == Level::exact;
+    for (int plane = 0; plane < num_planes(expert.level); ++plane) {
+      const int record = exact ? 4 : plane;
+      block_bytes_[plane] = geometry.block_bytes(record);
+      planes_[plane] = Cursor(expert.records[record],
+                              geometry.blocks_offset(record, m) + block_ * block_bytes_[plane]);
+    }
+    if (exact) return;
+    header_ =
+        reinterpret_cast<const MatrixHeader*>(expert.records[0].at(geometry.header_offset(m)));
+    params_bytes_ = shape_.groups() * kParamsBytes;
+    params_ = Cursor(expert.records[0], geometry.params_offset(m) + first_tile * params_bytes_);
   }
 
-  // Fills all of `args` but the rows.
-  void tile(int64_t n, TileArgs& args) {
-    const int64_t first = n * shape_.col_blocks();
+  // Fills all of `args` but the rows with the next tiles, and moves on. Its pointers hold until the
+  // next call. `then`: what will be read after them, or null.
+  void take(int64_t num_tiles, const MatrixWalk* then, RunArgs& args) {
     args.level = expert_.level;
     args.exact_dtype = geometry_.exact_dtype;
+    args.num_tiles = num_tiles;
     args.col_blocks = shape_.col_blocks();
-    for (int plane = 0; plane < num_planes(expert_.level); ++plane) {
-      const int record = expert_.level == Level::exact ? 4 : plane;
-      const int64_t block_bytes = geometry_.block_bytes(record);
-      const uint8_t** out = pointers_.data() + plane * blocks_per_plane_;
-      fill_blocks(expert_.records[record], geometry_.blocks_offset(record, m_) + first * block_bytes,
-                  block_bytes, blocks_per_plane_, shape_.num_blocks() - first, out);
-      args.blocks[plane] = out;
+    segments_.clear();
+    const int64_t end = num_tiles * args.col_blocks;
+    append_segments(0, end, segments_);
+    args.prefetch_end = end;
+    if (then && then->expert_.level == expert_.level) {
+      MatrixWalk ahead = *then;
+      args.prefetch_end += std::min(kLookahead, then->blocks_left());
+      ahead.append_segments(end, args.prefetch_end, segments_);
+      if (header_) __builtin_prefetch(then->header_);
     }
-    if (expert_.level == Level::exact) return;
-    const uint8_t** params = pointers_.data() + num_planes(expert_.level) * blocks_per_plane_;
-    fill_blocks(expert_.records[0], geometry_.params_offset(m_) + n * shape_.groups() * kParamsBytes,
-                kParamsBytes, shape_.groups(), shape_.groups(), params);
-    args.params = params;
-    args.header =
-        reinterpret_cast<const MatrixHeader*>(expert_.records[0].at(geometry_.header_offset(m_)));
-  }
-
-  // Biases of the tile's 16 rows (those past the end are undefined).
-  void bias(int64_t n, const Kernels& kernels, float* out) const {
-    if (expert_.level == Level::exact) {
-      const int64_t size = dtype_bytes(geometry_.exact_dtype);
-      kernels.load(expert_.records[4].at(geometry_.exact_bias_offset(m_) + n * kBlockRows * size),
-                   geometry_.exact_dtype, kBlockRows, out);
-    } else {
-      kernels.load(expert_.records[0].at(geometry_.bias_offset(m_) + n * kBlockRows * 4), DType::fp32,
-                   kBlockRows, out);
-    }
+    segments_.push_back({std::numeric_limits<int64_t>::max(), {}});
+    args.segments = segments_.data();
+    args.header = header_;
+    if (header_) args.params = take_params(num_tiles);
   }
 
  private:
+  int64_t blocks_left() const { return shape_.num_blocks() - block_; }
+
+  // Segments for blocks [k, end) of a run, from here on.
+  void append_segments(int64_t k, int64_t end, std::vector<Segment>& out) {
+    block_ += end - k;
+    while (k < end) {
+      Segment segment{k, {}};
+      int64_t run = end - k;
+      for (int p = 0; p < num_planes(expert_.level); ++p) {
+        segment.base[p] = planes_[p].get() - k * block_bytes_[p];
+        run = std::min(run, planes_[p].left() / block_bytes_[p]);
+      }
+      for (int p = 0; p < num_planes(expert_.level); ++p) planes_[p].advance(run * block_bytes_[p]);
+      out.push_back(segment);
+      k += run;
+    }
+  }
+
+  // The tiles' group parameters in one piece: where they lie, or a copy if they cross into another
+  // page.
+  const uint8_t* take_params(int64_t num_tiles) {
+    const int64_t bytes = num_tiles * params_bytes_;
+    if (bytes <= params_.left()) {
+      const uint8_t* here = params_.get();
+      params_.advance(bytes);
+      return here;
+    }
+    params_copy_.resize(bytes);
+    for (int64_t done = 0; done < bytes;) {
+      const int64_t n = std::min(bytes - done, params_.left());
+      std::memcpy(params_copy_.data() + done, params_.get(), n);
+      params_.advance(n);
+      done += n;
+    }
+    return params_copy_.data();
+  }
+
   const ExpertGeometry& geometry_;
   const ExpertView& expert_;
-  int m_;
   MatrixGeometry shape_;
-  int64_t blocks_per_plane_;
-  std::vector<const uint8_t*> pointers_;
+  int64_t block_;  // next block of the matrix
+  int64_t block_bytes_[4] = {};
+  Cursor planes_[4], params_;
+  int64_t params_bytes_ = 0;
+  const MatrixHeader* header_ = nullptr;
+  std::vector<Segment> segments_;
+  std::vector<uint8_t> params_copy_;
 };
+
+// Biases of the 16 rows of tile n (those past the end are undefined).
+void tile_bias(const ExpertGeometry& geometry, const ExpertView& expert, int m, int64_t n,
+               const Kernels& kernels, float* out) {
+  const int64_t row = n * kBlockRows;
+  if (expert.level == Level::exact) {
+    const int64_t at = geometry.exact_bias_offset(m) + row * dtype_bytes(geometry.exact_dtype);
+    kernels.load(expert.records[4].at(at), geometry.exact_dtype, kBlockRows, out);
+  } else {
+    kernels.load(expert.records[0].at(geometry.bias_offset(m) + row * 4), DType::fp32, kBlockRows,
+                 out);
+  }
+}
 
 // ---- expert_ffn -------------------------------------------------------------------------------
 
 // Rows whose gate and up outputs of one group are held at a time (64 KB of scratch per thread).
 constexpr int kChunkRows = 64;
-// Row tiles of the down projection per work item.
-constexpr int64_t kDownTiles = 4;
+// Row tiles of the down projection per work item, at most.
+constexpr int64_t kDownTiles = 16;
 
 struct Item {
   int32_t task, piece;
@@ -147,6 +206,7 @@ struct Call {
   std::vector<uint8_t*> x_rows;               // [form] -> prepared rows of x
   std::vector<int32_t> slot;                  // token -> prepared row
   std::vector<uint8_t*> a_rows;               // [task] -> prepared rows of the intermediate
+  int64_t down_tiles;                         // row tiles of down per item
 
   Form form(const FfnTask& task) const {
     return row_form(task.expert->level, spec.geometry.exact_dtype, x_dtype, kernels.bf16_dot);
@@ -166,87 +226,133 @@ struct Call {
     }
   }
 
-  // 16 rows of matrix output for rows [begin, end) of the task; out[i * stride] gets row begin + i.
+  // Multiplies the next `num_tiles` of a walk with rows [begin, end) of a task; out[i * stride ...]
+  // gets row begin + i. Up to kMaxRows rows take the tiles in one run; more take them two by two,
+  // so that the weights stay in the first-level cache.
   template <class RowOf>
-  void run_tile(TileArgs& args, int begin, int end, float* out, int64_t stride, RowOf&& row_of) const {
-    for (int i = begin; i < end; i += kMaxTileRows) {
-      args.num_rows = std::min(end - i, kMaxTileRows);
-      for (int j = 0; j < args.num_rows; ++j) {
-        args.rows[j] = row_of(i + j);
-        args.out[j] = out + (i - begin + j) * stride;
+  void run(MatrixWalk& walk, const MatrixWalk* then, int64_t num_tiles, const RowLayout& layout,
+           int begin, int end, float* out, int64_t stride, RowOf&& row_of) const {
+    const int64_t step = end - begin <= kMaxRows ? num_tiles : 2;
+    for (int64_t n = 0; n < num_tiles; n += step) {
+      RunArgs args;
+      args.layout = layout;
+      walk.take(std::min(step, num_tiles - n), n + step < num_tiles ? &walk : then, args);
+      for (int i = begin; i < end; i += kMaxRows) {
+        args.num_rows = std::min(end - i, kMaxRows);
+        for (int j = 0; j < args.num_rows; ++j) {
+          args.rows[j] = row_of(i + j);
+          args.out[j] = out + (i - begin + j) * stride + n * kBlockRows;
+        }
+        kernels.multiply(args);
       }
-      kernels.tile(args);
     }
   }
 
-  // Phase 1: 128 rows of gate and up (a whole group of the intermediate, so that it can be quantised
-  // here) for all rows of the task.
-  void gate_up(const FfnTask& task, uint8_t* a, int64_t group) const {
+  // Phase 1: 128 rows of gate and up (a whole group of the intermediate, so that it can be
+  // quantised here) for all rows of the task.
+  MatrixWalk gate_up_walk(const Item& item) const {
     const ExpertGeometry& g = spec.geometry;
-    const Form f = form(task);
-    const RowLayout& layout = x_layout[static_cast<int>(f)];
-    const RowLayout& a_lay = a_layout[static_cast<int>(f)];
-    const uint8_t* rows = x_rows[static_cast<int>(f)];
+    return MatrixWalk(g, *tasks[item.task].expert, g.gated ? 1 : 0, item.piece * kGroupTiles);
+  }
+  void gate_up(const Item& item, const MatrixWalk* then) const {
+    const ExpertGeometry& g = spec.geometry;
+    const FfnTask& task = tasks[item.task];
+    const int64_t group = item.piece;
+    const int f = static_cast<int>(form(task));
+    const RowLayout &layout = x_layout[f], &a_lay = a_layout[f];
     alignas(64) float buffer[2][kChunkRows * kGroupCols];
-    MatrixWalk gate(g, *task.expert, 0), up(g, *task.expert, g.gated ? 1 : 0);
-    MatrixWalk* walks[2] = {&up, g.gated ? &gate : nullptr};
     const int64_t first = group * kGroupTiles;
     const int64_t num_tiles = std::min(kGroupTiles, g.matrix(0).row_tiles() - first);
+    const int64_t valid = std::min(kGroupCols, g.intermediate - group * kGroupCols);
+    auto row_of = [&](int i) { return x_rows[f] + slot[task.token[i]] * layout.bytes(); };
+    auto add_bias = [&](int m, int num_rows, float* out) {
+      float bias[kGroupCols];
+      for (int64_t n = 0; n < num_tiles; ++n)
+        tile_bias(g, *task.expert, m, first + n, kernels, bias + n * kBlockRows);
+      for (int i = 0; i < num_rows; ++i)
+        for (int64_t r = 0; r < num_tiles * kBlockRows; ++r) out[i * kGroupCols + r] += bias[r];
+    };
     for (int begin = 0; begin < task.num_rows; begin += kChunkRows) {
       const int end = std::min(begin + kChunkRows, task.num_rows);
-      for (int64_t n = 0; n < num_tiles; ++n)
-        for (int m = 0; m < 2; ++m) {
-          if (!walks[m]) continue;
-          TileArgs args{};
-          args.layout = layout;
-          walks[m]->tile(first + n, args);
-          float* out = buffer[m] + n * kBlockRows;
-          run_tile(args, begin, end, out, kGroupCols,
-                   [&](int i) { return rows + slot[task.token[i]] * layout.bytes(); });
-          if (!g.biased) continue;
-          float bias[kBlockRows];
-          walks[m]->bias(first + n, kernels, bias);
-          for (int i = 0; i < end - begin; ++i)
-            for (int r = 0; r < kBlockRows; ++r) out[i * kGroupCols + r] += bias[r];
-        }
-      const int64_t valid = std::min(kGroupCols, g.intermediate - group * kGroupCols);
+      MatrixWalk up = gate_up_walk(item);
+      if (g.gated) {
+        MatrixWalk gate(g, *task.expert, 0, first);
+        run(up, &gate, num_tiles, layout, begin, end, buffer[0], kGroupCols, row_of);
+        run(gate, then, num_tiles, layout, begin, end, buffer[1], kGroupCols, row_of);
+        if (g.biased) add_bias(0, end - begin, buffer[1]);
+      } else {
+        run(up, then, num_tiles, layout, begin, end, buffer[0], kGroupCols, row_of);
+      }
+      if (g.biased) add_bias(g.gated ? 1 : 0, end - begin, buffer[0]);
       for (int i = 0; i < end - begin; ++i) {
         alignas(64) float a_group[kGroupCols];
         const int64_t at = i * kGroupCols;
-        kernels.activate(spec, g.gated ? buffer[1] + at : nullptr, buffer[0] + at, num_tiles * kBlockRows,
-                         a_group);
+        kernels.activate(spec, g.gated ? buffer[1] + at : nullptr, buffer[0] + at,
+                         num_tiles * kBlockRows, a_group);
         std::fill(a_group + valid, a_group + kGroupCols, 0.0f);
-        kernels.prepare_group(a_group, a_lay, group, a + (begin + i) * a_lay.bytes());
+        kernels.prepare_group(a_group, a_lay, group,
+                              a_rows[item.task] + (begin + i) * a_lay.bytes());
       }
     }
   }
 
   // Phase 2: a few row tiles of down.
-  void down(const FfnTask& task, const uint8_t* a, int64_t piece) const {
+  MatrixWalk down_walk(const Item& item) const {
     const ExpertGeometry& g = spec.geometry;
+    return MatrixWalk(g, *tasks[item.task].expert, g.num_matrices() - 1, item.piece * down_tiles);
+  }
+  void down(const Item& item, const MatrixWalk* then) const {
+    const ExpertGeometry& g = spec.geometry;
+    const FfnTask& task = tasks[item.task];
     const int m = g.num_matrices() - 1;
     const RowLayout& layout = a_layout[static_cast<int>(form(task))];
-    alignas(64) float buffer[kMaxTileRows * kBlockRows];
-    MatrixWalk walk(g, *task.expert, m);
-    const int64_t last = std::min((piece + 1) * kDownTiles, g.matrix(m).row_tiles());
-    for (int64_t n = piece * kDownTiles; n < last; ++n) {
-      TileArgs args{};
-      args.layout = layout;
-      walk.tile(n, args);
-      float bias[kBlockRows] = {};
-      if (g.biased) walk.bias(n, kernels, bias);
-      const int64_t valid = std::min(kBlockRows, g.hidden - n * kBlockRows);
-      for (int begin = 0; begin < task.num_rows; begin += kMaxTileRows) {
-        const int end = std::min(begin + kMaxTileRows, task.num_rows);
-        run_tile(args, begin, end, buffer, kBlockRows, [&](int i) { return a + i * layout.bytes(); });
-        for (int i = begin; i < end; ++i) {
-          float* out = pair_out + task.pair[i] * g.hidden + n * kBlockRows;
-          for (int64_t r = 0; r < valid; ++r) out[r] = buffer[(i - begin) * kBlockRows + r] + bias[r];
-        }
+    alignas(64) float buffer[kMaxRows * kDownTiles * kBlockRows];
+    float bias[kDownTiles * kBlockRows] = {};
+    const int64_t first = item.piece * down_tiles;
+    const int64_t num_tiles = std::min(down_tiles, g.matrix(m).row_tiles() - first);
+    const int64_t stride = num_tiles * kBlockRows;
+    const int64_t valid = std::min(stride, g.hidden - first * kBlockRows);
+    if (g.biased)
+      for (int64_t n = 0; n < num_tiles; ++n)
+        tile_bias(g, *task.expert, m, first + n, kernels, bias + n * kBlockRows);
+    for (int begin = 0; begin < task.num_rows; begin += kMaxRows) {
+      const int end = std::min(begin + kMaxRows, task.num_rows);
+      MatrixWalk walk = down_walk(item);
+      run(walk, then, num_tiles, layout, begin, end, buffer, stride,
+          [&](int i) { return a_rows[item.task] + i * layout.bytes(); });
+      for (int i = begin; i < end; ++i) {
+        float* out = pair_out + task.pair[i] * g.hidden + first * kBlockRows;
+        for (int64_t r = 0; r < valid; ++r) out[r] = buffer[(i - begin) * stride + r] + bias[r];
       }
     }
   }
 };
+
+// Runs work(item, next item or null) for all items. A thread claims its next item before it
+// computes the present one, so that the tail of one can prefetch the head of the next.
+template <class Work>
+void for_items(const std::vector<Item>& items, Work&& work) {
+  struct Context {
+    const std::vector<Item>* items;
+    Work* work;
+    std::atomic<size_t> next{0};
+    const Item* claim() {
+      const size_t i = next.fetch_add(1, std::memory_order_relaxed);
+      return i < items->size() ? items->data() + i : nullptr;
+    }
+  } context{&items, &work};
+  auto body = [](void* raw, int, int) {
+    auto& c = *static_cast<Context*>(raw);
+    const Item* item = c.claim();
+    while (item) {
+      const Item* next = c.claim();
+      (*c.work)(*item, next);
+      item = next;
+    }
+  };
+  if (items.size() == 1 || Parallel::instance().num_threads() == 1) return body(&context, 0, 1);
+  Parallel::instance().run(body, &context);
+}
 
 uint8_t* align64(std::vector<uint8_t>& buffer) {
   return buffer.data() + (64 - reinterpret_cast<uintptr_t>(buffer.data()) % 64) % 64;
@@ -277,16 +383,17 @@ void force_isa(const char* name) {
     }
     usable += std::string(", ") + c.kernels->name;
   }
-  throw std::invalid_argument("force_isa: this CPU cannot run '" + std::string(name) + "'; use one of " + usable);
+  throw std::invalid_argument("force_isa: this CPU cannot run '" + std::string(name) +
+                              "'; use one of " + usable);
 }
 
-void expert_ffn(const FfnSpec& spec, const FfnTask* tasks, int num_tasks, const void* x, DType x_dtype,
-                int64_t x_stride, float* pair_out) {
+void expert_ffn(const FfnSpec& spec, const FfnTask* tasks, int num_tasks, const void* x,
+                DType x_dtype, int64_t x_stride, float* pair_out) {
   const ExpertGeometry& g = spec.geometry;
   if (spec.activation == Activation::swigluoai && !g.gated)
     throw std::invalid_argument("expert_ffn: activation swigluoai needs gated experts");
   const Kernels& kernels = *current_kernels().load();
-  Call call{spec, kernels, tasks, x, x_dtype, x_stride, pair_out, {}, {}, {}, {}, {}};
+  Call call{spec, kernels, tasks, x, x_dtype, x_stride, pair_out, {}, {}, {}, {}, {}, 1};
 
   constexpr int kForms = 4;
   for (int f = 0; f < kForms; ++f) {
@@ -299,7 +406,12 @@ void expert_ffn(const FfnSpec& spec, const FfnTask* tasks, int num_tasks, const 
   std::vector<int64_t> a_offset;
   int64_t a_bytes = 0;
   std::vector<Item> gate_up_items, down_items;
-  const int64_t down_pieces = ceil_div(g.matrix(g.num_matrices() - 1).row_tiles(), kDownTiles);
+  const int64_t tiles = g.matrix(g.num_matrices() - 1).row_tiles();
+  const int num_threads = Parallel::instance().num_threads();
+  // Long runs read memory faster; eight items per thread are enough to balance.
+  call.down_tiles =
+      std::min(std::max<int64_t>(num_tasks * tiles / (8 * num_threads), 1), kDownTiles);
+  const int64_t down_pieces = ceil_div(tiles, call.down_tiles);
   for (int t = 0; t < num_tasks; ++t) {
     const FfnTask& task = tasks[t];
     const int f = static_cast<int>(call.form(task));
@@ -336,22 +448,21 @@ void expert_ffn(const FfnSpec& spec, const FfnTask* tasks, int num_tasks, const 
       for (int f = 0; f < kForms; ++f)
         if (used[f]) call.prepare_x(static_cast<Form>(f), tokens[i], static_cast<int32_t>(i));
   });
-  parallel_for(static_cast<int64_t>(gate_up_items.size()), 1, [&](int64_t begin, int64_t end, int) {
-    for (int64_t i = begin; i < end; ++i) {
-      const Item item = gate_up_items[i];
-      call.gate_up(tasks[item.task], call.a_rows[item.task], item.piece);
-    }
+  for_items(gate_up_items, [&](const Item& item, const Item* next) {
+    if (!next) return call.gate_up(item, nullptr);
+    const MatrixWalk then = call.gate_up_walk(*next);
+    call.gate_up(item, &then);
   });
-  parallel_for(static_cast<int64_t>(down_items.size()), 1, [&](int64_t begin, int64_t end, int) {
-    for (int64_t i = begin; i < end; ++i) {
-      const Item item = down_items[i];
-      call.down(tasks[item.task], call.a_rows[item.task], item.piece);
-    }
+  for_items(down_items, [&](const Item& item, const Item* next) {
+    if (!next) return call.down(item, nullptr);
+    const MatrixWalk then = call.down_walk(*next);
+    call.down(item, &then);
   });
 }
 
-void combine_pairs(const float* pair_out, const float* weights, const int64_t* expert_idx, int64_t num_experts,
-                   int64_t T, int64_t K, int64_t H, void* out, DType out_dtype) {
+void combine_pairs(const float* pair_out, const float* weights, const int64_t* expert_idx,
+                   int64_t num_experts, int64_t T, int64_t K, int64_t H, void* out,
+                   DType out_dtype) {
   const Kernels& kernels = *current_kernels().load();
   const int64_t row_bytes = H * dtype_bytes(out_dtype);
   parallel_for(T, 16, [&](int64_t begin, int64_t end, int) {
@@ -368,35 +479,36 @@ void combine_pairs(const float* pair_out, const float* weights, const int64_t* e
           const float* row = pair_out + (t * K + k) * H + h;
           for (int64_t i = 0; i < n; ++i) sum[i] += weight * row[i];
         }
-        kernels.store(sum, n, static_cast<uint8_t*>(out) + t * row_bytes + h * dtype_bytes(out_dtype),
+        kernels.store(sum, n,
+                      static_cast<uint8_t*>(out) + t * row_bytes + h * dtype_bytes(out_dtype),
                       out_dtype);
       }
   });
 }
 
-void unpack_matrix(const ExpertGeometry& geometry, const ExpertView& expert, int m, void* out, DType out_dtype,
-                   int64_t ld) {
+void unpack_matrix(const ExpertGeometry& geometry, const ExpertView& expert, int m, void* out,
+                   DType out_dtype, int64_t ld) {
   const Kernels& kernels = *current_kernels().load();
   const MatrixGeometry shape = geometry.matrix(m);
   parallel_for(shape.row_tiles(), 4, [&](int64_t begin, int64_t end, int) {
-    MatrixWalk walk(geometry, expert, m);
+    MatrixWalk walk(geometry, expert, m, begin);
     for (int64_t n = begin; n < end; ++n) {
-      TileArgs args{};
-      walk.tile(n, args);
+      RunArgs args;
+      walk.take(1, nullptr, args);
       const int64_t row = n * kBlockRows;
       kernels.unpack_tile(args, std::min(kBlockRows, shape.rows - row), shape.cols,
-                          static_cast<uint8_t*>(out) + row * ld * dtype_bytes(out_dtype), out_dtype, ld);
+                          static_cast<uint8_t*>(out) + row * ld * dtype_bytes(out_dtype), out_dtype,
+                          ld);
     }
   });
 }
 
 void unpack_bias(const ExpertGeometry& geometry, const ExpertView& expert, int m, float* out) {
   const Kernels& kernels = *current_kernels().load();
-  MatrixWalk walk(geometry, expert, m);
   const MatrixGeometry shape = geometry.matrix(m);
   for (int64_t n = 0; n < shape.row_tiles(); ++n) {
     float bias[kBlockRows];
-    walk.bias(n, kernels, bias);
+    tile_bias(geometry, expert, m, n, kernels, bias);
     const int64_t row = n * kBlockRows;
     std::copy(bias, bias + std::min(kBlockRows, shape.rows - row), out + row);
   }

@@ -1,6 +1,6 @@
-// The kernels in plain C++ that any compiler vectorises as it can. Included by each instruction set's
-// file, so everything here has internal linkage: code compiled for AVX-512 must not be what the linker
-// keeps for a CPU without it.
+// The kernels in plain C++ that any compiler vectorises as it can. Included by each instruction
+// set's file, so everything here has internal linkage: code compiled for AVX-512 must not be what
+// the linker keeps for a CPU without it.
 #pragma once
 
 #include <cstring>
@@ -31,8 +31,8 @@ inline uint16_t float_to_bf16(float f) {  // nearest even; NaN stays NaN
   return static_cast<uint16_t>((u & 0x7fffffff) > 0x7f800000 ? quiet : rounded);
 }
 
-// Multiplying by 2^112 moves the exponent into place and normalises subnormals; 65536 and more in the
-// scaled value means that the half was infinite or NaN.
+// Multiplying by 2^112 moves the exponent into place and normalises subnormals; 65536 and more in
+// the scaled value means that the half was infinite or NaN.
 inline float fp16_to_float(uint16_t h) {
   const uint32_t magnitude = static_cast<uint32_t>(h & 0x7fff) << 13;
   const float scaled = bits_to_float(magnitude) * bits_to_float(0x77800000);  // 2^112
@@ -53,16 +53,21 @@ inline uint16_t float_to_fp16(float f) {
 
 inline float element(const void* src, DType dtype, int64_t i) {
   switch (dtype) {
-    case DType::fp32: return static_cast<const float*>(src)[i];
-    case DType::bf16: return bf16_to_float(static_cast<const uint16_t*>(src)[i]);
-    default: return fp16_to_float(static_cast<const uint16_t*>(src)[i]);
+    case DType::fp32:
+      return static_cast<const float*>(src)[i];
+    case DType::bf16:
+      return bf16_to_float(static_cast<const uint16_t*>(src)[i]);
+    default:
+      return fp16_to_float(static_cast<const uint16_t*>(src)[i]);
   }
 }
 
 inline void load(const void* src, DType dtype, int64_t n, float* dst) {
   const auto* half = static_cast<const uint16_t*>(src);
   switch (dtype) {
-    case DType::fp32: std::memcpy(dst, src, n * 4); break;
+    case DType::fp32:
+      std::memcpy(dst, src, n * 4);
+      break;
     case DType::bf16:
       for (int64_t i = 0; i < n; ++i) dst[i] = bf16_to_float(half[i]);
       break;
@@ -75,7 +80,9 @@ inline void load(const void* src, DType dtype, int64_t n, float* dst) {
 inline void store(const float* src, int64_t n, void* dst, DType dtype) {
   auto* half = static_cast<uint16_t*>(dst);
   switch (dtype) {
-    case DType::fp32: std::memcpy(dst, src, n * 4); break;
+    case DType::fp32:
+      std::memcpy(dst, src, n * 4);
+      break;
     case DType::bf16:
       for (int64_t i = 0; i < n; ++i) half[i] = float_to_bf16(src[i]);
       break;
@@ -87,7 +94,8 @@ inline void store(const float* src, int64_t n, void* dst, DType dtype) {
 
 // ---- elementary functions ---------------------------------------------------------------------
 
-constexpr float kRoundMagic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
+constexpr float kRoundMagic =
+    12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
 
 // 2^x within 2e-7 relative; x is clamped to [-126, 127].
 inline float exp2_poly(float x) {
@@ -163,14 +171,21 @@ inline void activate_with(const float* gate, const float* up, int64_t n, float* 
     for (int64_t i = 0; i < n; ++i) out[i] = f(up[i]);
 }
 
-inline void activate(const FfnSpec& spec, const float* gate, const float* up, int64_t n, float* out) {
+inline void activate(const FfnSpec& spec, const float* gate, const float* up, int64_t n,
+                     float* out) {
   switch (spec.activation) {
-    case Activation::silu: return activate_with(gate, up, n, out, silu);
-    case Activation::gelu: return activate_with(gate, up, n, out, gelu);
-    case Activation::gelu_tanh: return activate_with(gate, up, n, out, gelu_tanh);
-    case Activation::relu: return activate_with(gate, up, n, out, relu);
-    case Activation::relu2: return activate_with(gate, up, n, out, relu2);
-    case Activation::quick_gelu: return activate_with(gate, up, n, out, quick_gelu);
+    case Activation::silu:
+      return activate_with(gate, up, n, out, silu);
+    case Activation::gelu:
+      return activate_with(gate, up, n, out, gelu);
+    case Activation::gelu_tanh:
+      return activate_with(gate, up, n, out, gelu_tanh);
+    case Activation::relu:
+      return activate_with(gate, up, n, out, relu);
+    case Activation::relu2:
+      return activate_with(gate, up, n, out, relu2);
+    case Activation::quick_gelu:
+      return activate_with(gate, up, n, out, quick_gelu);
     case Activation::swigluoai: {
       const float alpha = spec.alpha, limit = spec.limit;
       for (int64_t i = 0; i < n; ++i) {
@@ -187,9 +202,9 @@ inline void activate(const FfnSpec& spec, const float* gate, const float* up, in
 
 // ---- activations ------------------------------------------------------------------------------
 
-// Symmetric quantisation of n values to integers up to `top` in magnitude; returns the scale. A group
-// with a value that is not finite gets scale NaN, so that the fault shows in the result as it does in
-// floating point. Groups below 1e-30 count as zero (their inverse scale would overflow).
+// Symmetric quantisation of n values to integers up to `top` in magnitude; returns the scale. A
+// group with a value that is not finite gets scale NaN, so that the fault shows in the result as it
+// does in floating point. Groups below 1e-30 count as zero (their inverse scale would overflow).
 inline float quantize(const float* src, int n, float top, int32_t* q) {
   uint32_t max_bits = 0;
   for (int i = 0; i < n; ++i) {
@@ -244,34 +259,61 @@ inline void prepare_group(const float* src, const RowLayout& layout, int64_t gro
       reinterpret_cast<int32_t*>(row + layout.sum_offset())[group] = sum;
       return;
     }
-    case Form::bf16: return store(src, kGroupCols, row + first * 2, DType::bf16);
-    case Form::fp32: std::memcpy(row + first * 4, src, kGroupCols * 4); return;
+    case Form::bf16:
+      return store(src, kGroupCols, row + first * 2, DType::bf16);
+    case Form::fp32:
+      std::memcpy(row + first * 4, src, kGroupCols * 4);
+      return;
   }
 }
 
 // ---- weights ----------------------------------------------------------------------------------
 
-// Scale of each row of a tile in one group, and its zero in code units.
-inline void group_params(const TileArgs& args, int64_t group, float* scale, float* zero) {
-  const uint8_t* p = args.params[group];
+// Walks the blocks of a run upwards: `at(k)` must be called for each block before `plane`.
+struct BlockCursor {
+  const Segment* here;
+  const Segment* ahead;
+  int64_t last;  // block that may be prefetched
+  explicit BlockCursor(const RunArgs& args)
+      : here(args.segments), ahead(args.segments), last(args.prefetch_end - 1) {}
+  void at(int64_t k) {
+    if (k == here[1].first) ++here;
+  }
+  const uint8_t* plane(int p, int64_t k, int64_t block_bytes) const {
+    return here->base[p] + k * block_bytes;
+  }
+  // The block to prefetch while k is computed; its planes are at ahead_plane.
+  int64_t ahead_at(int64_t k, int64_t distance) {
+    k = k + distance < last ? k + distance : last;
+    while (k >= ahead[1].first) ++ahead;
+    return k;
+  }
+  const uint8_t* ahead_plane(int p, int64_t k, int64_t block_bytes) const {
+    return ahead->base[p] + k * block_bytes;
+  }
+};
+
+// Scale of each row of a tile in one group (counted through the run), and its zero in code units.
+inline void group_params(const RunArgs& args, int64_t group, float* scale, float* zero) {
+  const uint8_t* p = args.params + group * kParamsBytes;
   for (int r = 0; r < kBlockRows; ++r) {
     scale[r] = exp2_poly(args.header->log2_min + args.header->log2_step * p[r]);
     zero[r] = p[kBlockRows + r];
   }
 }
 
-// Values of the 64 lanes of quad q of a block, in code units.
-inline void quad_values(const TileArgs& args, int64_t block, int q, uint8_t* value) {
-  const uint8_t* a = args.blocks[0][block] + (q / 4) * 64;
+// Values of the 64 lanes of quad q of the block at `p`, in code units.
+inline void quad_values(const RunArgs& args, const uint8_t* const* p, int q, uint8_t* value) {
+  const uint8_t* a = p[0] + (q / 4) * 64;
   const int shift = 2 * (q % 4);
   for (int lane = 0; lane < 64; ++lane) value[lane] = static_cast<uint8_t>(a[lane] >> shift & 3);
   for (int plane = 1; plane <= 2 && plane < num_planes(args.level); ++plane) {
-    const uint8_t* b = args.blocks[plane][block];
+    const uint8_t* b = p[plane];
     for (int lane = 0; lane < 64; ++lane)
       value[lane] = static_cast<uint8_t>(value[lane] << 1 | (b[lane] >> q & 1));
   }
   if (args.level == Level::bits8) {
-    const uint8_t* d = args.blocks[3][block] + (q / 2) * 64;
+    const uint8_t* d = p[3] + (q / 2) * 64;
     const int nibble = 4 * (q % 2);
     for (int lane = 0; lane < 64; ++lane)
       value[lane] = static_cast<uint8_t>(value[lane] << 4 | (d[lane] >> nibble & 15));
@@ -281,6 +323,21 @@ inline void quad_values(const TileArgs& args, int64_t block, int q, uint8_t* val
                          : args.level == Level::bits3 ? args.header->table3
                                                       : args.header->table4;
   for (int lane = 0; lane < 64; ++lane) value[lane] = table[value[lane]];
+}
+
+constexpr int64_t kPlaneBytes[4] = {kPlane2BlockBytes, kPlane1BlockBytes, kPlane1BlockBytes,
+                                    kPlane4BlockBytes};
+
+// Values of all quads of blocks [first, first + n).
+inline void block_values(const RunArgs& args, BlockCursor& cursor, int64_t first, int n,
+                         uint8_t value[][8][64]) {
+  for (int b = 0; b < n; ++b) {
+    cursor.at(first + b);
+    const uint8_t* p[4];
+    for (int plane = 0; plane < num_planes(args.level); ++plane)
+      p[plane] = cursor.plane(plane, first + b, kPlaneBytes[plane]);
+    for (int q = 0; q < 8; ++q) quad_values(args, p, q, value[b][q]);
+  }
 }
 
 // One block of exact weights as fp32, out[row * 32 + col].
@@ -300,50 +357,62 @@ inline void exact_block(const uint8_t* block, DType dtype, float* out) {
     }
 }
 
-inline void unpack_block(const TileArgs& args, int64_t block, float* out) {
-  if (args.level == Level::exact) return exact_block(args.blocks[0][block], args.exact_dtype, out);
+// Block k of a tile as fp32, out[row * kBlockCols + col]; to be called for k = 0, 1, ...
+inline void unpack_block(const RunArgs& args, BlockCursor& cursor, int64_t k, float* out) {
+  if (args.level == Level::exact) {
+    cursor.at(k);
+    const int64_t bytes = kBlockRows * kBlockCols * dtype_bytes(args.exact_dtype);
+    return exact_block(cursor.plane(0, k, bytes), args.exact_dtype, out);
+  }
   float scale[kBlockRows], zero[kBlockRows];
-  group_params(args, block / kGroupBlocks, scale, zero);
-  uint8_t value[64];
-  for (int q = 0; q < 8; ++q) {
-    quad_values(args, block, q, value);
+  group_params(args, k / kGroupBlocks, scale, zero);
+  uint8_t value[1][8][64];
+  block_values(args, cursor, k, 1, value);
+  for (int q = 0; q < 8; ++q)
     for (int r = 0; r < kBlockRows; ++r)
       for (int c = 0; c < 4; ++c)
-        out[r * kBlockCols + 4 * q + c] = scale[r] * (static_cast<float>(value[4 * r + c]) - zero[r]);
-  }
+        out[r * kBlockCols + 4 * q + c] =
+            scale[r] * (static_cast<float>(value[0][q][4 * r + c]) - zero[r]);
 }
 
 // Exact weights in their own type: bits are moved, never converted.
-inline void exact_rows(const TileArgs& args, int64_t num_rows, int64_t cols, void* out, int64_t ld) {
-  for (int64_t c = 0; c < cols; ++c) {
-    const uint8_t* block = args.blocks[0][c / kBlockCols];
-    const int64_t b = c % kBlockCols;
-    if (args.exact_dtype == DType::fp32) {
-      const auto* w = reinterpret_cast<const uint32_t*>(block) + b * kBlockRows;
-      for (int64_t r = 0; r < num_rows; ++r) static_cast<uint32_t*>(out)[r * ld + c] = w[r];
-    } else {
-      const auto* w = reinterpret_cast<const uint16_t*>(block) + (b / 2) * 32 + b % 2;
-      for (int64_t r = 0; r < num_rows; ++r) static_cast<uint16_t*>(out)[r * ld + c] = w[2 * r];
+inline void exact_rows(const RunArgs& args, int64_t num_rows, int64_t cols, void* out, int64_t ld) {
+  BlockCursor cursor(args);
+  const int64_t bytes = kBlockRows * kBlockCols * dtype_bytes(args.exact_dtype);
+  for (int64_t k = 0; k < args.col_blocks; ++k) {
+    cursor.at(k);
+    const uint8_t* block = cursor.plane(0, k, bytes);
+    for (int64_t c = k * kBlockCols; c < cols && c < (k + 1) * kBlockCols; ++c) {
+      const int64_t b = c % kBlockCols;
+      if (args.exact_dtype == DType::fp32) {
+        const auto* w = reinterpret_cast<const uint32_t*>(block) + b * kBlockRows;
+        for (int64_t r = 0; r < num_rows; ++r) static_cast<uint32_t*>(out)[r * ld + c] = w[r];
+      } else {
+        const auto* w = reinterpret_cast<const uint16_t*>(block) + (b / 2) * 32 + b % 2;
+        for (int64_t r = 0; r < num_rows; ++r) static_cast<uint16_t*>(out)[r * ld + c] = w[2 * r];
+      }
     }
   }
 }
 
-inline void unpack_tile(const TileArgs& args, int64_t num_rows, int64_t cols, void* out, DType out_dtype,
-                        int64_t ld) {
+inline void unpack_tile(const RunArgs& args, int64_t num_rows, int64_t cols, void* out,
+                        DType out_dtype, int64_t ld) {
   if (args.level == Level::exact && args.exact_dtype == out_dtype)
     return exact_rows(args, num_rows, cols, out, ld);
   float block[kBlockRows * kBlockCols];
   const int64_t size = dtype_bytes(out_dtype);
+  BlockCursor cursor(args);
   for (int64_t k = 0; k < args.col_blocks; ++k) {
-    unpack_block(args, k, block);
+    unpack_block(args, cursor, k, block);
     const int64_t first = k * kBlockCols;
     const int64_t n = cols - first < kBlockCols ? cols - first : kBlockCols;
     for (int64_t r = 0; r < num_rows; ++r)
-      store(block + r * kBlockCols, n, static_cast<uint8_t*>(out) + (r * ld + first) * size, out_dtype);
+      store(block + r * kBlockCols, n, static_cast<uint8_t*>(out) + (r * ld + first) * size,
+            out_dtype);
   }
 }
 
-// ---- tiles ------------------------------------------------------------------------------------
+// ---- products ---------------------------------------------------------------------------------
 
 inline void quad_dot(const uint8_t* value, const int8_t* x, int32_t* dot) {
   for (int r = 0; r < kBlockRows; ++r)
@@ -351,17 +420,19 @@ inline void quad_dot(const uint8_t* value, const int8_t* x, int32_t* dot) {
               value[4 * r + 3] * x[3];
 }
 
-inline void tile_int8(const TileArgs& args) {
-  for (int i = 0; i < args.num_rows; ++i) std::memset(args.out[i], 0, kBlockRows * 4);
+inline void multiply_int8(const RunArgs& args) {
+  for (int i = 0; i < args.num_rows; ++i)
+    std::memset(args.out[i], 0, args.num_tiles * kBlockRows * 4);
   uint8_t value[kGroupBlocks][8][64];
-  for (int64_t g = 0; g < args.layout.groups; ++g) {
-    const int64_t first = g * kGroupBlocks;
-    const int64_t left = args.col_blocks - first;
+  BlockCursor cursor(args);
+  const int64_t groups = args.layout.groups;
+  for (int64_t tile_group = 0; tile_group < args.num_tiles * groups; ++tile_group) {
+    const int64_t tile = tile_group / groups, g = tile_group % groups;
+    const int64_t left = args.col_blocks - g * kGroupBlocks;
     const int n = static_cast<int>(left < kGroupBlocks ? left : kGroupBlocks);
-    for (int b = 0; b < n; ++b)
-      for (int q = 0; q < 8; ++q) quad_values(args, first + b, q, value[b][q]);
+    block_values(args, cursor, tile * args.col_blocks + g * kGroupBlocks, n, value);
     float scale[kBlockRows], zero[kBlockRows];
-    group_params(args, g, scale, zero);
+    group_params(args, tile_group, scale, zero);
     for (int i = 0; i < args.num_rows; ++i) {
       const uint8_t* row = args.rows[i];
       const auto* x = reinterpret_cast<const int8_t*>(row) + g * kGroupCols;
@@ -374,22 +445,25 @@ inline void tile_int8(const TileArgs& args) {
         for (int q = 0; q < 8; ++q) quad_dot(value[b][q], x + b * kBlockCols + 4 * q, dot);
         for (int r = 0; r < kBlockRows; ++r) sum[r] += x_scale[b] * static_cast<float>(dot[r]);
       }
-      for (int r = 0; r < kBlockRows; ++r) args.out[i][r] += scale[r] * (sum[r] - zero[r] * x_sum);
+      float* out = args.out[i] + tile * kBlockRows;
+      for (int r = 0; r < kBlockRows; ++r) out[r] += scale[r] * (sum[r] - zero[r] * x_sum);
     }
   }
 }
 
-inline void tile_int16(const TileArgs& args) {
-  for (int i = 0; i < args.num_rows; ++i) std::memset(args.out[i], 0, kBlockRows * 4);
+inline void multiply_int16(const RunArgs& args) {
+  for (int i = 0; i < args.num_rows; ++i)
+    std::memset(args.out[i], 0, args.num_tiles * kBlockRows * 4);
   uint8_t value[kGroupBlocks][8][64];
-  for (int64_t g = 0; g < args.layout.groups; ++g) {
-    const int64_t first = g * kGroupBlocks;
-    const int64_t left = args.col_blocks - first;
+  BlockCursor cursor(args);
+  const int64_t groups = args.layout.groups;
+  for (int64_t tile_group = 0; tile_group < args.num_tiles * groups; ++tile_group) {
+    const int64_t tile = tile_group / groups, g = tile_group % groups;
+    const int64_t left = args.col_blocks - g * kGroupBlocks;
     const int n = static_cast<int>(left < kGroupBlocks ? left : kGroupBlocks);
-    for (int b = 0; b < n; ++b)
-      for (int q = 0; q < 8; ++q) quad_values(args, first + b, q, value[b][q]);
+    block_values(args, cursor, tile * args.col_blocks + g * kGroupBlocks, n, value);
     float scale[kBlockRows], zero[kBlockRows];
-    group_params(args, g, scale, zero);
+    group_params(args, tile_group, scale, zero);
     for (int i = 0; i < args.num_rows; ++i) {
       const uint8_t* row = args.rows[i];
       const auto* high = reinterpret_cast<const int8_t*>(row) + g * kGroupCols;
@@ -402,40 +476,50 @@ inline void tile_int16(const TileArgs& args) {
           quad_dot(value[b][q], high + b * kBlockCols + 4 * q, dot_high);
           quad_dot(value[b][q], low + b * kBlockCols + 4 * q, dot_low);
         }
+      float* out = args.out[i] + tile * kBlockRows;
       for (int r = 0; r < kBlockRows; ++r) {
         // Within int32: 128 columns * 255 * 32640 = 1.07e9.
         const int32_t dot = dot_high[r] * 256 + dot_low[r] - static_cast<int32_t>(zero[r]) * x_sum;
-        args.out[i][r] += scale[r] * x_scale * static_cast<float>(dot);
+        out[r] += scale[r] * x_scale * static_cast<float>(dot);
       }
     }
   }
 }
 
-inline void tile_fp32(const TileArgs& args) {
-  for (int i = 0; i < args.num_rows; ++i) std::memset(args.out[i], 0, kBlockRows * 4);
+inline void multiply_fp32(const RunArgs& args) {
+  for (int i = 0; i < args.num_rows; ++i)
+    std::memset(args.out[i], 0, args.num_tiles * kBlockRows * 4);
   float w[kBlockRows * kBlockCols], by_col[kBlockRows * kBlockCols];
-  for (int64_t k = 0; k < args.col_blocks; ++k) {
-    const float* block = reinterpret_cast<const float*>(args.blocks[0][k]);  // fp32: column-major already
+  BlockCursor cursor(args);
+  const int64_t bytes = kBlockRows * kBlockCols * dtype_bytes(args.exact_dtype);
+  for (int64_t k = 0; k < args.num_tiles * args.col_blocks; ++k) {
+    const int64_t tile = k / args.col_blocks, column = k % args.col_blocks * kBlockCols;
+    cursor.at(k);
+    const float* block =
+        reinterpret_cast<const float*>(cursor.plane(0, k, bytes));  // fp32: by column already
     if (args.exact_dtype != DType::fp32) {
-      exact_block(args.blocks[0][k], args.exact_dtype, w);
+      exact_block(cursor.plane(0, k, bytes), args.exact_dtype, w);
       for (int c = 0; c < kBlockCols; ++c)
         for (int r = 0; r < kBlockRows; ++r) by_col[c * kBlockRows + r] = w[r * kBlockCols + c];
       block = by_col;
     }
     for (int i = 0; i < args.num_rows; ++i) {
-      const auto* x = reinterpret_cast<const float*>(args.rows[i]) + k * kBlockCols;
-      float* out = args.out[i];
+      const auto* x = reinterpret_cast<const float*>(args.rows[i]) + column;
+      float* out = args.out[i] + tile * kBlockRows;
       for (int c = 0; c < kBlockCols; ++c)
         for (int r = 0; r < kBlockRows; ++r) out[r] += block[c * kBlockRows + r] * x[c];
     }
   }
 }
 
-inline void tile(const TileArgs& args) {
+inline void multiply(const RunArgs& args) {
   switch (args.layout.form) {
-    case Form::int8: return tile_int8(args);
-    case Form::int16: return tile_int16(args);
-    default: return tile_fp32(args);
+    case Form::int8:
+      return multiply_int8(args);
+    case Form::int16:
+      return multiply_int16(args);
+    default:
+      return multiply_fp32(args);
   }
 }
 

@@ -1,4 +1,5 @@
-// What expert_ffn.cpp asks of an instruction set: one table of functions per set, chosen at run time.
+// What expert_ffn.cpp asks of an instruction set: one table of functions per set, chosen at run
+// time.
 #pragma once
 
 #include <cstdint>
@@ -18,12 +19,13 @@ enum class Form : uint8_t {
   fp32,   // other exact weights
 };
 
-// One row of prepared activations: padded with zeros to P = whole groups, so kernels need no column tails.
+// One row of prepared activations: padded with zeros to P = whole groups, so kernels need no column
+// tails.
 //   int8:  q [P], fp32 scale [P / 32], fp32 sum [P / 128] (sum over the group of scale * q)
 //   int16: q [P], fp32 scale [P / 128], int32 sum [P / 128] (sum of q)
 //   bf16:  uint16 [P]      fp32: float [P]
-// q takes two bytes per column; how they are used is the instruction set's own affair. Portable and VNNI:
-// int8 (int8 form), or int8 high [P], int8 low [P] with q = 256 * high + low. Others: int16.
+// q takes two bytes per column; how they are used is the instruction set's own affair. Portable and
+// VNNI: int8 (int8 form), or int8 high [P], int8 low [P] with q = 256 * high + low. Others: int16.
 struct RowLayout {
   Form form;
   int64_t cols, groups;
@@ -42,40 +44,52 @@ struct RowLayout {
   }
 };
 
-// Rows that a tile kernel takes at once; each weight block is unpacked once for all of them.
-constexpr int kMaxTileRows = 8;
-// Block pointers are valid this far past the tile (they continue into the next one), for prefetching.
-constexpr int64_t kLookahead = 16;
+// Rows of activations that a kernel takes at once; each weight block is unpacked once for all of
+// them.
+constexpr int kMaxRows = 8;
+// Blocks after the end of a run that its segments may cover, for prefetching.
+constexpr int64_t kLookahead = 64;
 
-// 16 rows of one matrix times up to kMaxTileRows rows of activations.
-struct TileArgs {
+// Where blocks [first, next segment's first) of a run lie: block k of plane p at base[p] + k * its
+// bytes. A segment ends where a page of any plane ends.
+struct Segment {
+  int64_t first;
+  const uint8_t* base[4];
+};
+
+// Consecutive row tiles of one matrix (blocks k = tile * col_blocks + column block), and up to
+// kMaxRows rows of activations to multiply them with.
+struct RunArgs {
   Level level;
   DType exact_dtype;
-  const MatrixHeader* header;         // of the matrix; unused at `exact`
-  const uint8_t* const* params;       // [groups] -> 32 bytes; unused at `exact`
-  const uint8_t* const* blocks[4];    // [plane][col_blocks + kLookahead]; `exact` uses plane 0
-  int64_t col_blocks;
-  RowLayout layout;                   // of each row
-  const uint8_t* rows[kMaxTileRows];
+  const MatrixHeader* header;  // of the matrix; unused at `exact`
+  const uint8_t* params;       // [num_tiles, groups, 32]; unused at `exact`
+  const Segment* segments;     // they cover [0, prefetch_end); `exact` uses plane 0
+  int64_t num_tiles, col_blocks;
+  int64_t prefetch_end;  // >= num_tiles * col_blocks; what lies beyond the run is needed next
+  RowLayout layout;      // of each row
+  const uint8_t* rows[kMaxRows];
   int num_rows;
-  float* out[kMaxTileRows];           // [16] each, overwritten
+  float* out[kMaxRows];  // [num_tiles * 16] each, overwritten
 };
 
 struct Kernels {
   const char* name;
   bool bf16_dot;  // whether Form::bf16 is supported; else exact bf16 runs in fp32
-  // The dot products of one row tile.
-  void (*tile)(const TileArgs& args);
+  // out[i][r] = sum over columns of W[r, c] * rows[i][c], for all rows r of the run.
+  void (*multiply)(const RunArgs& args);
   // n elements to fp32, and fp32 to n elements (round to nearest even).
   void (*load)(const void* src, DType dtype, int64_t n, float* dst);
   void (*store)(const float* src, int64_t n, void* dst, DType dtype);
   // 128 floats into group `group` of a prepared row.
   void (*prepare_group)(const float* src, const RowLayout& layout, int64_t group, uint8_t* row);
-  // out[i] = activation(gate[i]) * up[i], or activation(up[i]) if gate is null; n is a multiple of 16.
+  // out[i] = activation(gate[i]) * up[i], or activation(up[i]) if gate is null; n is a multiple
+  // of 16.
   void (*activate)(const FfnSpec& spec, const float* gate, const float* up, int64_t n, float* out);
-  // The tile's first `num_rows` rows and `cols` columns, row-major with row stride `ld` elements.
-  void (*unpack_tile)(const TileArgs& args, int64_t num_rows, int64_t cols, void* out, DType out_dtype,
-                      int64_t ld);
+  // A run of one tile: its first `num_rows` rows and `cols` columns, row-major, row stride `ld`
+  // elements.
+  void (*unpack_tile)(const RunArgs& args, int64_t num_rows, int64_t cols, void* out,
+                      DType out_dtype, int64_t ld);
 };
 
 extern const Kernels kPortableKernels;
@@ -83,7 +97,9 @@ extern const Kernels kPortableKernels;
 extern const Kernels kAvx2Kernels, kAvx512Kernels, kVnniKernels;
 #endif
 
-inline int num_planes(Level level) { return level == Level::exact ? 1 : static_cast<int>(level) + 1; }
+inline int num_planes(Level level) {
+  return level == Level::exact ? 1 : static_cast<int>(level) + 1;
+}
 inline Form row_form(Level level, DType exact_dtype, DType x_dtype, bool bf16_dot) {
   if (level == Level::bits8) return Form::int16;
   if (level != Level::exact) return Form::int8;

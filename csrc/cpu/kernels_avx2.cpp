@@ -2,6 +2,7 @@
 
 namespace comoe {
 
-const Kernels kAvx2Kernels = {"avx2", false, tile, load, store, prepare_group, activate, unpack_tile};
+const Kernels kAvx2Kernels = {"avx2", false,         multiply, load,
+                              store,  prepare_group, activate, unpack_tile};
 
 }  // namespace comoe

@@ -2,6 +2,7 @@
 
 namespace comoe {
 
-const Kernels kAvx512Kernels = {"avx512", false, tile, load, store, prepare_group, activate, unpack_tile};
+const Kernels kAvx512Kernels = {"avx512", false,         multiply, load,
+                                store,    prepare_group, activate, unpack_tile};
 
 }  // namespace comoe

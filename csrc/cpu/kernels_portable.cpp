@@ -2,6 +2,7 @@
 
 namespace comoe {
 
-const Kernels kPortableKernels = {"portable", false, tile, load, store, prepare_group, activate, unpack_tile};
+const Kernels kPortableKernels = {"portable", false,         multiply, load,
+                                  store,      prepare_group, activate, unpack_tile};
 
 }  // namespace comoe

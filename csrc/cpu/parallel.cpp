@@ -12,8 +12,9 @@
 namespace comoe {
 namespace {
 
-// How long an idle thread spins before it sleeps. A wake-up costs 5 to 50 us, so the gap between the
-// phases of one call is worth spinning through; longer spinning would steal the core from torch.
+// How long an idle thread spins before it sleeps. A wake-up costs 5 to 50 us, so the gap between
+// the phases of one call is worth spinning through; longer spinning would steal the core from
+// torch.
 constexpr auto kSpin = std::chrono::microseconds(20);
 
 inline void pause_cpu() {
@@ -61,7 +62,8 @@ class Workers {
     context_ = context;
     pending_.store(static_cast<int>(threads_.size()));
     {
-      std::lock_guard<std::mutex> lock(mutex_);  // or a worker could miss the wake-up on its way to sleep
+      std::lock_guard<std::mutex> lock(
+          mutex_);  // or a worker could miss the wake-up on its way to sleep
       epoch_.fetch_add(1);
       if (sleeping_ > 0) work_.notify_all();
     }
@@ -87,13 +89,15 @@ class Workers {
       if (stop_) return;
       body_(context_, thread, num_threads_seen());
       if (pending_.fetch_sub(1, std::memory_order_acq_rel) == 1) {
-        std::lock_guard<std::mutex> lock(mutex_);  // the caller may be between its test and its sleep
+        std::lock_guard<std::mutex> lock(
+            mutex_);  // the caller may be between its test and its sleep
         done_.notify_one();
       }
     }
   }
 
-  // threads_ is still growing while the first workers start, but no body runs before it is complete.
+  // threads_ is still growing while the first workers start, but no body runs before it is
+  // complete.
   int num_threads_seen() const { return static_cast<int>(threads_.size()) + 1; }
 
   std::vector<std::thread> threads_;
@@ -141,7 +145,8 @@ Parallel& Parallel::instance() {
 }
 
 void Parallel::set_num_threads(int num_threads) {
-  if (num_threads < 1) throw std::invalid_argument("set_num_threads: num_threads must be at least 1");
+  if (num_threads < 1)
+    throw std::invalid_argument("set_num_threads: num_threads must be at least 1");
   state().num_threads = num_threads;
 }
 

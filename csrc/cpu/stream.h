@@ -5,8 +5,8 @@
 
 namespace comoe {
 
-// Reads `bytes` (a multiple of 64) once with all threads, in order, and returns a sum so that nothing is
-// optimised away. The caller takes the time.
+// Reads `bytes` (a multiple of 64) once with all threads, in order, and returns a sum so that
+// nothing is optimised away. The caller takes the time.
 uint64_t stream_read(const void* data, int64_t bytes);
 
 }  // namespace comoe

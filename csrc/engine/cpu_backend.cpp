@@ -44,7 +44,7 @@ class CpuBackend final : public Backend {
   void start(BackendEvents* events) override {
     ReaderConfig reader;
     reader.page_bytes = config_.page_bytes;
-    reader.num_threads = config_.io_threads;
+    reader.depth = config_.io_threads;
     reader.direct = config_.direct_io;
     reader.verify = config_.verify;
     reader.kind = config_.io;

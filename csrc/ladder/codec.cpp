@@ -23,6 +23,24 @@ constexpr double kMinLog2Scale = -120.0;
 // Larger weights keep their exact record, and are coded as this: 255 * scale must stay finite.
 constexpr float kMaxWeight = 3.0e38f;
 
+// A group with outliers: its range is more than 7 times the root mean square of its weights. 0.2%
+// of Gaussian groups of 128 are, half of Student-t ones with 4 degrees of freedom.
+constexpr double kOutlierRange = 7.0;
+// Zeros that such a group may take instead of the one that fits its range best: typical entries of
+// table2 (they differ little between distributions), so that the many small weights decode to about
+// 0 at 2 bits; and what this may cost in scale. Measured in docs/codec.md.
+constexpr int kNumZeros = 4;
+constexpr uint8_t kZeros[kNumZeros] = {41, 100, 155, 214};
+constexpr double kMaxWiden = 1.5;
+// Typical tables, to compare such choices before the tables of the matrix are known.
+constexpr uint8_t kTypical2[4] = {41, 100, 155, 214};
+constexpr uint8_t kTypical3[8] = {14, 50, 81, 112, 143, 174, 205, 241};
+constexpr uint8_t kTypical4[kBins] = {8,   24,  40,  56,  72,  88,  104, 120,
+                                      136, 152, 168, 184, 200, 216, 232, 248};
+// What a squared error counts there: the inverse of its usual size at 2, 3, 4 and 8 bits, and 2
+// bits three times that, for it is where outliers hurt.
+constexpr int64_t kCost2 = 3, kCost3 = 4, kCost4 = 16, kCost8 = 4096;
+
 // One row tile of one group, as fp32. Padding holds 0.
 struct Tile {
   alignas(64) float w[kBlockRows][kGroupCols];
@@ -76,7 +94,8 @@ struct Matrix {
   MatrixGeometry shape;
   int64_t element_bytes;
   Load load;
-  std::vector<float> low, high;  // [row_tiles * 16, groups] range of each group, including zero
+  std::vector<float> low, high;   // [row_tiles * 16, groups] range of each group, including zero
+  std::vector<uint8_t> outliers;  // [row_tiles * 16, groups] 1: see kOutlierRange
   std::vector<double>
       moments;  // [row_tiles, 2, kBins] sums of scale^2 and of scale^2 * code per bin
   MatrixHeader header{};
@@ -109,12 +128,13 @@ bool find_ranges(Matrix& m, int64_t tile) {
   for (int64_t g = 0; g < m.shape.groups(); ++g) {
     m.load_tile(tile, g, t);
     for (int64_t r = 0; r < kBlockRows; ++r) {
-      float low[kLanes] = {}, high[kLanes] = {};
+      float low[kLanes] = {}, high[kLanes] = {}, squares[kLanes] = {};
       for (int64_t c = 0; c < kGroupCols; c += kLanes) {
         for (int i = 0; i < kLanes; ++i) {
           const float w = t.w[r][c + i];
           low[i] = w < low[i] ? w : low[i];
           high[i] = w > high[i] ? w : high[i];
+          squares[i] += w * w;
           const uint32_t magnitude = bits_of(w) & 0x7fffffffu;
           largest[i] = magnitude > largest[i] ? magnitude : largest[i];
         }
@@ -122,24 +142,26 @@ bool find_ranges(Matrix& m, int64_t tile) {
       const int64_t at = (tile * kBlockRows + r) * m.shape.groups() + g;
       m.low[at] = std::max(*std::min_element(low, low + kLanes), -kMaxWeight);
       m.high[at] = std::min(*std::max_element(high, high + kLanes), kMaxWeight);
+      double energy = 0;
+      for (float s : squares) energy += s;
+      const double range = static_cast<double>(m.high[at]) - m.low[at];
+      m.outliers[at] = range * range * m.group_cols(g) > kOutlierRange * kOutlierRange * energy;
     }
   }
   return *std::max_element(largest, largest + kLanes) < 0x7f800000u;
 }
 
-double log2_scale(float low, float high) {
-  const double range = static_cast<double>(high) - low;
-  return range > 0 ? std::log2(range / 255) : -INFINITY;
-}
+// Of the scale at which 255 codes cover `range`.
+double log2_scale(double range) { return range > 0 ? std::log2(range / 255) : -INFINITY; }
 
 void choose_scales(Matrix& m) {
   double least = INFINITY, most = -INFINITY;
   for (int64_t row = 0; row < m.shape.rows; ++row) {
     for (int64_t g = 0; g < m.shape.groups(); ++g) {
       const int64_t at = row * m.shape.groups() + g;
-      const double s = log2_scale(m.low[at], m.high[at]);
+      const double s = log2_scale(m.high[at] - static_cast<double>(m.low[at]));
       least = std::min(least, s);
-      most = std::max(most, s);
+      most = std::max(most, m.outliers[at] ? s + std::log2(kMaxWiden) : s);
     }
   }
   most = std::max(most, kMinLog2Scale);
@@ -157,8 +179,8 @@ void choose_scales(Matrix& m) {
 
 // The least scale on the grid that covers the range: rounding it to the nearest instead would clip
 // the ends of half of the groups, which measured worse at 8 bits when the grid is coarse.
-uint8_t scale_code(const Matrix& m, float low, float high) {
-  const double s = log2_scale(low, high);
+uint8_t scale_code(const Matrix& m, double range) {
+  const double s = log2_scale(range);
   if (!(s > m.header.log2_min) || m.header.log2_step == 0) return 0;
   // 1e-4 of a step of slack: a range on the grid must not move up by rounding of the logarithm.
   const double q = std::ceil((s - m.header.log2_min) / m.header.log2_step - 1e-4);
@@ -176,8 +198,12 @@ void quantise(const float* w, float inverse_scale, float zero, uint8_t* codes) {
   }
 }
 
-// Adds the codes' count and sum per 4-bit bin, times `weight`, to moments [2, kBins].
-void add_moments(const uint8_t* codes, int64_t count, double weight, double* moments) {
+// Count and sum of the codes of one group in each bin of 4 bits.
+struct Bins {
+  int32_t count[kBins], sum[kBins];
+};
+
+Bins bin_codes(const uint8_t* codes, int64_t count) {
   // Two fields in one counter (count << 16 | sum, at most 128 * 255), four copies against the
   // latency of hitting one bin again and again.
   static_assert(kGroupCols * 255 < 65536);
@@ -186,11 +212,61 @@ void add_moments(const uint8_t* codes, int64_t count, double weight, double* mom
   for (; c + 4 <= count; c += 4)
     for (int i = 0; i < 4; ++i) bins[i][codes[c + i] >> 4] += 65536u + codes[c + i];
   for (; c < count; ++c) bins[0][codes[c] >> 4] += 65536u + codes[c];
+  Bins out;
   for (int b = 0; b < kBins; ++b) {
-    const uint32_t sum = bins[0][b] + bins[1][b] + bins[2][b] + bins[3][b];
-    moments[b] += weight * (sum >> 16);
-    moments[kBins + b] += weight * (sum & 65535);
+    const uint32_t both = bins[0][b] + bins[1][b] + bins[2][b] + bins[3][b];
+    out.count[b] = both >> 16;
+    out.sum[b] = both & 65535;
   }
+  return out;
+}
+
+struct GroupParams {
+  uint8_t scale_q, zero;
+};
+
+// Weighted squared error of a group's codes over all levels, in code units.
+int64_t typical_cost(const uint8_t* codes, int64_t count) {
+  const Bins bins = bin_codes(codes, count);
+  int64_t squares = 0, cost = 0;
+  for (int64_t c = 0; c < count; ++c) squares += int32_t{codes[c]} * codes[c];
+  for (int b = 0; b < kBins; ++b) {
+    const auto error = [&](int64_t value) {
+      return value * (value * bins.count[b] - 2 * bins.sum[b]);
+    };
+    cost += kCost2 * error(kTypical2[b >> 2]) + kCost3 * error(kTypical3[b >> 1]) +
+            kCost4 * error(kTypical4[b]);
+  }
+  return cost + (kCost2 + kCost3 + kCost4) * squares + kCost8 * count / 12;
+}
+
+// Codes of one group, and the parameters that they go with.
+GroupParams encode_group(const Matrix& m, const float* w, int64_t count, int64_t at,
+                         uint8_t* codes) {
+  const float low = m.low[at], high = m.high[at];
+  GroupParams best;
+  best.scale_q = scale_code(m, static_cast<double>(high) - low);
+  float inverse = 1.0f / m.scales[best.scale_q];
+  best.zero = static_cast<uint8_t>(std::min(std::floor(-low * inverse + 0.5f), 255.0f));
+  quantise(w, inverse, best.zero, codes);
+  if (!m.outliers[at]) return best;
+
+  double least = typical_cost(codes, count) * m.weights[best.scale_q];
+  const double widest = kMaxWiden * (static_cast<double>(high) - low);
+  uint8_t tried[kGroupCols];
+  for (uint8_t zero : kZeros) {
+    const double range =
+        255 * std::max(-static_cast<double>(low) / zero, static_cast<double>(high) / (255 - zero));
+    if (range > widest) continue;
+    const uint8_t q = scale_code(m, range);
+    quantise(w, 1.0f / m.scales[q], zero, tried);
+    const double cost = typical_cost(tried, count) * m.weights[q];
+    if (cost >= least) continue;
+    least = cost;
+    best = {q, zero};
+    std::memcpy(codes, tried, kGroupCols);
+  }
+  return best;
 }
 
 // The four planes of one block. codes: [16 rows, stride], 32 columns of them.
@@ -263,14 +339,15 @@ void encode_tile(const ExpertGeometry& g, int matrix, Matrix& m, int64_t tile,
         continue;
       }
       const int64_t at = (tile * kBlockRows + r) * groups + group;
-      const uint8_t q = scale_code(m, m.low[at], m.high[at]);
-      const float inverse = 1.0f / m.scales[q];
-      const float zero = std::min(std::floor(-m.low[at] * inverse + 0.5f), 255.0f);
-      params[r] = q;
-      params[kBlockRows + r] = static_cast<uint8_t>(zero);
-      quantise(t.w[r], inverse, zero, codes[r]);
+      const GroupParams p = encode_group(m, t.w[r], cols, at, codes[r]);
+      params[r] = p.scale_q;
+      params[kBlockRows + r] = p.zero;
       if (cols < kGroupCols) std::memset(codes[r] + cols, 0, kGroupCols - cols);
-      add_moments(codes[r], cols, m.weights[q], moments);
+      const Bins bins = bin_codes(codes[r], cols);
+      for (int b = 0; b < kBins; ++b) {
+        moments[b] += m.weights[p.scale_q] * bins.count[b];
+        moments[kBins + b] += m.weights[p.scale_q] * bins.sum[b];
+      }
     }
     const int64_t first = group * kGroupBlocks, last = std::min(first + kGroupBlocks, col_blocks);
     for (int64_t b = first; b < last; ++b) {
@@ -369,6 +446,7 @@ void encode_expert(const ExpertGeometry& g, const ExpertSource& source,
     const int64_t ranges = matrix.shape.row_tiles() * kBlockRows * matrix.shape.groups();
     matrix.low.resize(ranges);
     matrix.high.resize(ranges);
+    matrix.outliers.resize(ranges);
     matrix.moments.resize(matrix.shape.row_tiles() * 2 * kBins);
     finite[m] = true;
   }

@@ -25,8 +25,7 @@ namespace comoe {
 struct ReaderConfig {
   int64_t page_bytes = 0;
   int64_t chunk_bytes = int64_t{1} << 20;
-  int num_threads = 4;  // threads: that many requests in flight
-  int queue_depth = 8;  // uring: that many requests in flight
+  int depth = 4;  // requests in flight
   bool direct = true;
   bool verify = true;
   std::string kind = "auto";  // "threads", "uring", or the faster one that works here
