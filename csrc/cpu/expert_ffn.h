@@ -2,13 +2,15 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "../ladder/layout.h"
 
 namespace comoe {
 
-// a = activation(gate) * up when gated, else activation(up). `alpha` and `limit` belong to swigluoai:
-// gate' = min(gate, limit), up' = clamp(up, -limit, limit), a = gate' * sigmoid(alpha * gate') * (up' + 1).
+// a = activation(gate) * up when gated, else activation(up). `alpha` and `limit` belong to
+// swigluoai: gate' = min(gate, limit), up' = clamp(up, -limit, limit), a = gate' * sigmoid(alpha *
+// gate') * (up' + 1).
 enum class Activation : uint8_t { silu, gelu, gelu_tanh, relu, relu2, quick_gelu, swigluoai };
 
 struct FfnSpec {
@@ -36,18 +38,19 @@ struct FfnTask {
 // times the router's weight. Deterministic: the result of a row does not depend on the other rows,
 // the order of tasks or the number of threads.
 //   x: [T, H] of `x_dtype`, row stride x_stride elements.  pair_out: fp32 [num_pairs, H].
-void expert_ffn(const FfnSpec& spec, const FfnTask* tasks, int num_tasks, const void* x, DType x_dtype,
-                int64_t x_stride, float* pair_out);
+void expert_ffn(const FfnSpec& spec, const FfnTask* tasks, int num_tasks, const void* x,
+                DType x_dtype, int64_t x_stride, float* pair_out);
 
-// out[t, :] = sum over k of weight[t, k] * pair_out[t * K + k, :], in the order of k, skipping pairs
-// whose expert index is outside [0, E).  out: [T, H] of out_dtype, contiguous.
-void combine_pairs(const float* pair_out, const float* weights, const int64_t* expert_idx, int64_t num_experts,
-                   int64_t T, int64_t K, int64_t H, void* out, DType out_dtype);
+// out[t, :] = sum over k of weight[t, k] * pair_out[t * K + k, :], in the order of k, skipping
+// pairs whose expert index is outside [0, E).  out: [T, H] of out_dtype, contiguous.
+void combine_pairs(const float* pair_out, const float* weights, const int64_t* expert_idx,
+                   int64_t num_experts, int64_t T, int64_t K, int64_t H, void* out,
+                   DType out_dtype);
 
-// Matrix m of one expert, row-major [rows, cols] with row stride `ld` elements, as fp32, bf16 or fp16
-// (rounded to nearest even; bit for bit at `exact` when out_dtype is the source's dtype).
-void unpack_matrix(const ExpertGeometry& geometry, const ExpertView& expert, int m, void* out, DType out_dtype,
-                   int64_t ld);
+// Matrix m of one expert, row-major [rows, cols] with row stride `ld` elements, as fp32, bf16 or
+// fp16 (rounded to nearest even; bit for bit at `exact` when out_dtype is the source's dtype).
+void unpack_matrix(const ExpertGeometry& geometry, const ExpertView& expert, int m, void* out,
+                   DType out_dtype, int64_t ld);
 // Its bias as fp32 [rows].
 void unpack_bias(const ExpertGeometry& geometry, const ExpertView& expert, int m, float* out);
 
@@ -55,5 +58,7 @@ void unpack_bias(const ExpertGeometry& geometry, const ExpertView& expert, int m
 // takes one of these (for tests; throws if the CPU lacks it), or "auto".
 const char* isa_name();
 void force_isa(const char* name);
+// Those that this CPU can run, best first.
+std::vector<const char*> isa_names();
 
 }  // namespace comoe

@@ -1,6 +1,6 @@
 // Threads for the CPU kernels. The caller always takes part. By default a small pool of our own;
-// `use_gomp` hands the work to an OpenMP runtime that the process already has (torch's), because two
-// pools that both spin on the same cores cost up to 10x.
+// `use_gomp` hands the work to an OpenMP runtime that the process already has (torch's), because
+// two pools that both spin on the same cores cost up to 10x.
 #pragma once
 
 #include <atomic>
@@ -16,8 +16,8 @@ class Parallel {
 
   void set_num_threads(int num_threads);  // >= 1
   int num_threads() const;
-  // `gomp_parallel`: address of libgomp's GOMP_parallel(fn, data, num_threads, flags), or null to go
-  // back to the pool of our own.
+  // `gomp_parallel`: address of libgomp's GOMP_parallel(fn, data, num_threads, flags), or null to
+  // go back to the pool of our own.
   void use_gomp(void* gomp_parallel);
 
   // Runs body(context, thread, n) once per thread and returns when all have ended.

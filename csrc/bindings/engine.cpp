@@ -1,25 +1,20 @@
-// The one place where Python meets the native code. Sections: ladder codec, engine, CPU kernels, device.
-#include <pybind11/numpy.h>
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
+// The engine: every array is checked here, and the GIL is released in whatever can wait.
 #include <optional>
+#include <string>
+#include <vector>
 
-#include "engine/engine.h"
-#include "storage/crc32c.h"
+#include "../engine/engine.h"
+#include "../storage/crc32c.h"
+#include "bindings.h"
 
-namespace py = pybind11;
+namespace comoe {
 
-// ---- ladder codec ---------------------------------------------------------------------------------------------
-static void bind_codec(py::module_& m) {}
-
-// ---- engine ---------------------------------------------------------------------------------------------------
 static uint32_t crc32c_of(const py::buffer& buffer, uint32_t seed) {
   const py::buffer_info info = buffer.request();
   if (!PyBuffer_IsContiguous(info.view(), 'C'))
     throw std::invalid_argument("crc32c: buffer: expected contiguous memory, got a strided view; copy it first");
   py::gil_scoped_release release;
-  return comoe::crc32c(info.ptr, static_cast<size_t>(info.size * info.itemsize), seed);
+  return crc32c(info.ptr, static_cast<size_t>(info.size * info.itemsize), seed);
 }
 
 // A one-dimensional, contiguous array of exactly T; scalars and lists are not guessed at.
@@ -40,39 +35,39 @@ static py::array_t<T> checked_array(const char* op, const char* argument, const 
   return py::reinterpret_borrow<py::array_t<T>>(array);
 }
 
-static comoe::Priority checked_priority(const char* op, int priority) {
+static Priority checked_priority(const char* op, int priority) {
   if (priority < 0 || priority > 2)
     throw std::invalid_argument(std::string(op) + ": priority: expected 0 (demand), 1 (prefetch) or 2 (upgrade), got " +
                                 std::to_string(priority));
-  return static_cast<comoe::Priority>(priority);
+  return static_cast<Priority>(priority);
 }
 
-static std::unique_ptr<comoe::Session> open_session(comoe::Engine& engine, const py::object& first_records,
+static std::unique_ptr<Session> open_session(Engine& engine, const py::object& first_records,
                                                     const py::object& min_levels, const py::object& want_levels) {
   const auto first = checked_array<int32_t>("session", "first_records", first_records);
   const auto min = checked_array<uint8_t>("session", "min_levels", min_levels, first.size());
   const auto want = checked_array<uint8_t>("session", "want_levels", want_levels, first.size());
-  std::vector<comoe::Need> needs(first.size());
+  std::vector<Need> needs(first.size());
   for (size_t i = 0; i < needs.size(); ++i)
     needs[i] = {first.data()[i], min.data()[i], want.data()[i]};
   py::gil_scoped_release release;
   return engine.open_session(needs.data(), static_cast<int64_t>(needs.size()));
 }
 
-static int32_t add_records(comoe::Engine& engine, const py::object& files, const py::object& offsets,
+static int32_t add_records(Engine& engine, const py::object& files, const py::object& offsets,
                            const py::object& nbytes, const py::object& crcs) {
   const auto file = checked_array<int32_t>("add_records", "file", files);
   const auto offset = checked_array<int64_t>("add_records", "offset", offsets, file.size());
   const auto bytes = checked_array<int64_t>("add_records", "nbytes", nbytes, file.size());
   const auto crc = checked_array<uint32_t>("add_records", "crc", crcs, file.size());
-  std::vector<comoe::RecordInfo> infos(file.size());
+  std::vector<RecordInfo> infos(file.size());
   for (size_t i = 0; i < infos.size(); ++i)
     infos[i] = {file.data()[i], offset.data()[i], bytes.data()[i], crc.data()[i]};
   py::gil_scoped_release release;
   return engine.add_records(infos.data(), static_cast<int64_t>(infos.size()));
 }
 
-static py::dict stats_dict(const comoe::EngineStats& s) {
+static py::dict stats_dict(const EngineStats& s) {
   py::dict d;
   d["hits"] = s.core.hits;
   d["partial_hits"] = s.core.partial_hits;
@@ -124,23 +119,21 @@ static void check_python_signals() {
   if (PyErr_CheckSignals() != 0) throw py::error_already_set();
 }
 
-static void bind_engine(py::module_& m) {
-  using comoe::Engine;
-  using comoe::Session;
+void bind_engine(py::module_& m) {
   m.def("crc32c", &crc32c_of, py::arg("buffer"), py::arg("seed") = 0,
         "CRC-32C of a contiguous buffer; seed: the checksum of what comes before it.");
-  m.def("crc32c_isa", &comoe::crc32c_isa);
+  m.def("crc32c_isa", &crc32c_isa);
 
-  py::register_exception<comoe::ReadError>(m, "ReadError", PyExc_OSError);
-  py::register_exception<comoe::BudgetError>(m, "BudgetError", PyExc_ValueError);
-  py::register_exception<comoe::EngineClosed>(m, "EngineClosed", PyExc_RuntimeError);
+  py::register_exception<ReadError>(m, "ReadError", PyExc_OSError);
+  py::register_exception<BudgetError>(m, "BudgetError", PyExc_ValueError);
+  py::register_exception<EngineClosed>(m, "EngineClosed", PyExc_RuntimeError);
   Engine::set_interrupt_check(&check_python_signals);
 
   py::class_<Session>(m, "Session", "The needs of one MoE layer; see Engine.session.")
       .def(
           "next",
           [](Session& session) -> py::object {
-            std::vector<comoe::Ready> ready;
+            std::vector<Ready> ready;
             bool more;
             {
               py::gil_scoped_release release;
@@ -163,7 +156,7 @@ static void bind_engine(py::module_& m) {
                      "Keeps records of the store resident in a paged pool under a budget (docs/engine.md).")
       .def(py::init([](int64_t page_bytes, int64_t slab_bytes, int64_t budget_bytes,
                        std::vector<uint32_t> level_masks, int io_threads, bool direct, bool verify, std::string io) {
-             comoe::EngineConfig config;
+             EngineConfig config;
              config.page_bytes = page_bytes;
              config.slab_bytes = slab_bytes;
              config.budget_bytes = budget_bytes;
@@ -260,16 +253,4 @@ static void bind_engine(py::module_& m) {
       .def("close", &Engine::close, py::call_guard<py::gil_scoped_release>());
 }
 
-// ---- CPU kernels ----------------------------------------------------------------------------------------------
-static void bind_cpu(py::module_& m) {}
-
-// ---- device (CUDA, when built with it) ------------------------------------------------------------------------
-static void bind_device(py::module_& m) {}
-
-PYBIND11_MODULE(_C, m) {
-  m.doc() = "Native half of comoe.";
-  bind_codec(m);
-  bind_engine(m);
-  bind_cpu(m);
-  bind_device(m);
-}
+}  // namespace comoe

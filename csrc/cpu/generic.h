@@ -1,0 +1,527 @@
+// The kernels in plain C++ that any compiler vectorises as it can. Included by each instruction
+// set's file, so everything here has internal linkage: code compiled for AVX-512 must not be what
+// the linker keeps for a CPU without it.
+#pragma once
+
+#include <cstring>
+
+#include "kernels.h"
+
+namespace comoe {
+namespace {
+
+// ---- conversions ------------------------------------------------------------------------------
+
+inline float bits_to_float(uint32_t u) {
+  float f;
+  std::memcpy(&f, &u, 4);
+  return f;
+}
+inline uint32_t float_to_bits(float f) {
+  uint32_t u;
+  std::memcpy(&u, &f, 4);
+  return u;
+}
+
+inline float bf16_to_float(uint16_t h) { return bits_to_float(static_cast<uint32_t>(h) << 16); }
+inline uint16_t float_to_bf16(float f) {  // nearest even; NaN stays NaN
+  const uint32_t u = float_to_bits(f);
+  const uint32_t rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+  const uint32_t quiet = (u >> 16) | 0x40;
+  return static_cast<uint16_t>((u & 0x7fffffff) > 0x7f800000 ? quiet : rounded);
+}
+
+// Multiplying by 2^112 moves the exponent into place and normalises subnormals; 65536 and more in
+// the scaled value means that the half was infinite or NaN.
+inline float fp16_to_float(uint16_t h) {
+  const uint32_t magnitude = static_cast<uint32_t>(h & 0x7fff) << 13;
+  const float scaled = bits_to_float(magnitude) * bits_to_float(0x77800000);  // 2^112
+  uint32_t u = float_to_bits(scaled);
+  u = (h & 0x7fff) >= 0x7c00 ? magnitude | 0x7f800000 : u;
+  return bits_to_float(u | static_cast<uint32_t>(h & 0x8000) << 16);
+}
+inline uint16_t float_to_fp16(float f) {
+  const uint32_t u = float_to_bits(f), magnitude = u & 0x7fffffff;
+  // Subnormal halves: adding 0.5 makes the FPU round at the right bit.
+  const uint32_t small = float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3f000000;
+  const uint32_t normal = (magnitude + 0xc8000fff + ((magnitude >> 13) & 1)) >> 13;
+  uint32_t h = magnitude < 0x38800000 ? small : normal;  // below 2^-14
+  h = magnitude >= 0x477ff000 ? 0x7c00 : h;              // rounds to 65536 or more
+  h = magnitude > 0x7f800000 ? 0x7e00 : h;
+  return static_cast<uint16_t>(h | (u >> 16 & 0x8000));
+}
+
+inline float element(const void* src, DType dtype, int64_t i) {
+  switch (dtype) {
+    case DType::fp32:
+      return static_cast<const float*>(src)[i];
+    case DType::bf16:
+      return bf16_to_float(static_cast<const uint16_t*>(src)[i]);
+    default:
+      return fp16_to_float(static_cast<const uint16_t*>(src)[i]);
+  }
+}
+
+inline void load(const void* src, DType dtype, int64_t n, float* dst) {
+  const auto* half = static_cast<const uint16_t*>(src);
+  switch (dtype) {
+    case DType::fp32:
+      std::memcpy(dst, src, n * 4);
+      break;
+    case DType::bf16:
+      for (int64_t i = 0; i < n; ++i) dst[i] = bf16_to_float(half[i]);
+      break;
+    case DType::fp16:
+      for (int64_t i = 0; i < n; ++i) dst[i] = fp16_to_float(half[i]);
+      break;
+  }
+}
+
+inline void store(const float* src, int64_t n, void* dst, DType dtype) {
+  auto* half = static_cast<uint16_t*>(dst);
+  switch (dtype) {
+    case DType::fp32:
+      std::memcpy(dst, src, n * 4);
+      break;
+    case DType::bf16:
+      for (int64_t i = 0; i < n; ++i) half[i] = float_to_bf16(src[i]);
+      break;
+    case DType::fp16:
+      for (int64_t i = 0; i < n; ++i) half[i] = float_to_fp16(src[i]);
+      break;
+  }
+}
+
+// ---- elementary functions ---------------------------------------------------------------------
+
+constexpr float kRoundMagic =
+    12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
+
+// 2^x within 2e-7 relative; x is clamped to [-126, 127].
+inline float exp2_poly(float x) {
+  x = x < -126.0f ? -126.0f : x;
+  x = x > 127.0f ? 127.0f : x;
+  const float shifted = x + kRoundMagic;
+  const float f = x - (shifted - kRoundMagic);  // [-0.5, 0.5]
+  float p = 1.535336188e-4f;
+  p = p * f + 1.339887440e-3f;
+  p = p * f + 9.618437357e-3f;
+  p = p * f + 5.550332548e-2f;
+  p = p * f + 2.402264791e-1f;
+  p = p * f + 6.931472028e-1f;
+  p = p * f + 1.0f;
+  return bits_to_float(float_to_bits(p) + (float_to_bits(shifted) << 23));
+}
+
+inline float exp_poly(float x) {
+  x = x < -87.0f ? -87.0f : x;
+  x = x > 88.0f ? 88.0f : x;
+  // x * log2(e) in two parts: rounding the product alone would cost 2^-24 * |x| relative.
+  const float shifted = x * 1.44269504f + kRoundMagic;
+  const float n = shifted - kRoundMagic;
+  float r = x - n * 0.693359375f;
+  r = r - n * -2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  return bits_to_float(float_to_bits(p) + (float_to_bits(shifted) << 23));
+}
+
+inline float sigmoid(float x) { return 1.0f / (1.0f + exp_poly(-x)); }
+
+// Rational approximation, within a few units in the last place.
+inline float erf_poly(float x) {
+  x = x < -4.0f ? -4.0f : x;
+  x = x > 4.0f ? 4.0f : x;
+  const float s = x * x;
+  float p = -2.72614225801306e-10f;
+  p = p * s + 2.77068142495902e-08f;
+  p = p * s + -2.10102402082508e-06f;
+  p = p * s + -5.69250639462346e-05f;
+  p = p * s + -7.34990630326855e-04f;
+  p = p * s + -2.95459980854025e-03f;
+  p = p * s + -1.60960333262415e-02f;
+  float q = -1.45660718464996e-05f;
+  q = q * s + -2.13374055278905e-04f;
+  q = q * s + -1.68282697438203e-03f;
+  q = q * s + -7.37332916720468e-03f;
+  q = q * s + -1.42647390514189e-02f;
+  return x * p / q;
+}
+
+inline float silu(float x) { return x * sigmoid(x); }
+inline float gelu(float x) { return 0.5f * x * (1.0f + erf_poly(x * 0.70710678f)); }
+inline float gelu_tanh(float x) {
+  // 0.5 * x * (1 + tanh(z)) = x * sigmoid(2z)
+  return x * sigmoid(1.5957691216f * (x + 0.044715f * x * x * x));
+}
+inline float relu(float x) { return x < 0.0f ? 0.0f : x; }  // NaN stays
+inline float relu2(float x) { return relu(x) * relu(x); }
+inline float quick_gelu(float x) { return x * sigmoid(1.702f * x); }
+
+template <class F>
+inline void activate_with(const float* gate, const float* up, int64_t n, float* out, F&& f) {
+  if (gate)
+    for (int64_t i = 0; i < n; ++i) out[i] = f(gate[i]) * up[i];
+  else
+    for (int64_t i = 0; i < n; ++i) out[i] = f(up[i]);
+}
+
+inline void activate(const FfnSpec& spec, const float* gate, const float* up, int64_t n,
+                     float* out) {
+  switch (spec.activation) {
+    case Activation::silu:
+      return activate_with(gate, up, n, out, silu);
+    case Activation::gelu:
+      return activate_with(gate, up, n, out, gelu);
+    case Activation::gelu_tanh:
+      return activate_with(gate, up, n, out, gelu_tanh);
+    case Activation::relu:
+      return activate_with(gate, up, n, out, relu);
+    case Activation::relu2:
+      return activate_with(gate, up, n, out, relu2);
+    case Activation::quick_gelu:
+      return activate_with(gate, up, n, out, quick_gelu);
+    case Activation::swigluoai: {
+      const float alpha = spec.alpha, limit = spec.limit;
+      for (int64_t i = 0; i < n; ++i) {
+        float g = gate[i], u = up[i];
+        g = g > limit ? limit : g;
+        u = u > limit ? limit : u;
+        u = u < -limit ? -limit : u;
+        out[i] = (u + 1.0f) * (g * sigmoid(alpha * g));
+      }
+      return;
+    }
+  }
+}
+
+// ---- activations ------------------------------------------------------------------------------
+
+// Symmetric quantisation of n values to integers up to `top` in magnitude; returns the scale. A
+// group with a value that is not finite gets scale NaN, so that the fault shows in the result as it
+// does in floating point. Groups below 1e-30 count as zero (their inverse scale would overflow).
+inline float quantize(const float* src, int n, float top, int32_t* q) {
+  uint32_t max_bits = 0;
+  for (int i = 0; i < n; ++i) {
+    const uint32_t u = float_to_bits(src[i]) & 0x7fffffff;
+    max_bits = u > max_bits ? u : max_bits;
+  }
+  const float max = bits_to_float(max_bits);
+  const bool finite = max_bits < 0x7f800000;
+  if (!finite || max < 1e-30f) {
+    for (int i = 0; i < n; ++i) q[i] = 0;
+    return finite ? 0.0f : bits_to_float(0x7fc00000);
+  }
+  const float inverse = top / max;
+  for (int i = 0; i < n; ++i) {
+    const float shifted = src[i] * inverse + kRoundMagic;
+    q[i] = static_cast<int32_t>(float_to_bits(shifted) - float_to_bits(kRoundMagic));
+  }
+  return max / top;
+}
+
+inline void prepare_group(const float* src, const RowLayout& layout, int64_t group, uint8_t* row) {
+  const int64_t first = group * kGroupCols;
+  int32_t q[kGroupCols];
+  switch (layout.form) {
+    case Form::int8: {
+      auto* out = reinterpret_cast<int8_t*>(row) + first;
+      auto* scales = reinterpret_cast<float*>(row + layout.scale_offset()) + group * kGroupBlocks;
+      float group_sum = 0.0f;
+      for (int b = 0; b < kGroupBlocks; ++b) {
+        scales[b] = quantize(src + b * kBlockCols, kBlockCols, 127.0f, q);
+        int32_t sum = 0;
+        for (int i = 0; i < kBlockCols; ++i) sum += q[i];
+        for (int i = 0; i < kBlockCols; ++i) out[b * kBlockCols + i] = static_cast<int8_t>(q[i]);
+        group_sum += scales[b] * static_cast<float>(sum);
+      }
+      reinterpret_cast<float*>(row + layout.sum_offset())[group] = group_sum;
+      return;
+    }
+    case Form::int16: {
+      auto* high = reinterpret_cast<int8_t*>(row) + first;
+      auto* low = high + layout.padded();
+      // 127 * 256: the high byte then stays within int8 with a signed low byte.
+      const float scale = quantize(src, kGroupCols, 32512.0f, q);
+      int32_t sum = 0;
+      for (int i = 0; i < kGroupCols; ++i) {
+        const int32_t h = (q[i] + 128) >> 8;
+        sum += q[i];
+        high[i] = static_cast<int8_t>(h);
+        low[i] = static_cast<int8_t>(q[i] - h * 256);
+      }
+      reinterpret_cast<float*>(row + layout.scale_offset())[group] = scale;
+      reinterpret_cast<int32_t*>(row + layout.sum_offset())[group] = sum;
+      return;
+    }
+    case Form::bf16:
+      return store(src, kGroupCols, row + first * 2, DType::bf16);
+    case Form::fp32:
+      std::memcpy(row + first * 4, src, kGroupCols * 4);
+      return;
+  }
+}
+
+// ---- weights ----------------------------------------------------------------------------------
+
+// Walks the blocks of a run upwards: `at(k)` must be called for each block before `plane`.
+struct BlockCursor {
+  const Segment* here;
+  const Segment* ahead;
+  int64_t last;  // block that may be prefetched
+  explicit BlockCursor(const RunArgs& args)
+      : here(args.segments), ahead(args.segments), last(args.prefetch_end - 1) {}
+  void at(int64_t k) {
+    if (k == here[1].first) ++here;
+  }
+  const uint8_t* plane(int p, int64_t k, int64_t block_bytes) const {
+    return here->base[p] + k * block_bytes;
+  }
+  // The block to prefetch while k is computed; its planes are at ahead_plane.
+  int64_t ahead_at(int64_t k, int64_t distance) {
+    k = k + distance < last ? k + distance : last;
+    while (k >= ahead[1].first) ++ahead;
+    return k;
+  }
+  const uint8_t* ahead_plane(int p, int64_t k, int64_t block_bytes) const {
+    return ahead->base[p] + k * block_bytes;
+  }
+};
+
+// Scale of each row of a tile in one group (counted through the run), and its zero in code units.
+inline void group_params(const RunArgs& args, int64_t group, float* scale, float* zero) {
+  const uint8_t* p = args.params + group * kParamsBytes;
+  for (int r = 0; r < kBlockRows; ++r) {
+    scale[r] = exp2_poly(args.header->log2_min + args.header->log2_step * p[r]);
+    zero[r] = p[kBlockRows + r];
+  }
+}
+
+// Values of the 64 lanes of quad q of the block at `p`, in code units.
+inline void quad_values(const RunArgs& args, const uint8_t* const* p, int q, uint8_t* value) {
+  const uint8_t* a = p[0] + (q / 4) * 64;
+  const int shift = 2 * (q % 4);
+  for (int lane = 0; lane < 64; ++lane) value[lane] = static_cast<uint8_t>(a[lane] >> shift & 3);
+  for (int plane = 1; plane <= 2 && plane < num_planes(args.level); ++plane) {
+    const uint8_t* b = p[plane];
+    for (int lane = 0; lane < 64; ++lane)
+      value[lane] = static_cast<uint8_t>(value[lane] << 1 | (b[lane] >> q & 1));
+  }
+  if (args.level == Level::bits8) {
+    const uint8_t* d = p[3] + (q / 2) * 64;
+    const int nibble = 4 * (q % 2);
+    for (int lane = 0; lane < 64; ++lane)
+      value[lane] = static_cast<uint8_t>(value[lane] << 4 | (d[lane] >> nibble & 15));
+    return;
+  }
+  const uint8_t* table = args.level == Level::bits2   ? args.header->table2
+                         : args.level == Level::bits3 ? args.header->table3
+                                                      : args.header->table4;
+  for (int lane = 0; lane < 64; ++lane) value[lane] = table[value[lane]];
+}
+
+constexpr int64_t kPlaneBytes[4] = {kPlane2BlockBytes, kPlane1BlockBytes, kPlane1BlockBytes,
+                                    kPlane4BlockBytes};
+
+// Values of all quads of blocks [first, first + n).
+inline void block_values(const RunArgs& args, BlockCursor& cursor, int64_t first, int n,
+                         uint8_t value[][8][64]) {
+  for (int b = 0; b < n; ++b) {
+    cursor.at(first + b);
+    const uint8_t* p[4];
+    for (int plane = 0; plane < num_planes(args.level); ++plane)
+      p[plane] = cursor.plane(plane, first + b, kPlaneBytes[plane]);
+    for (int q = 0; q < 8; ++q) quad_values(args, p, q, value[b][q]);
+  }
+}
+
+// One block of exact weights as fp32, out[row * 32 + col].
+inline void exact_block(const uint8_t* block, DType dtype, float* out) {
+  if (dtype == DType::fp32) {
+    const auto* w = reinterpret_cast<const float*>(block);
+    for (int c = 0; c < kBlockCols; ++c)
+      for (int r = 0; r < kBlockRows; ++r) out[r * kBlockCols + c] = w[c * kBlockRows + r];
+    return;
+  }
+  float pairs[kBlockRows * kBlockCols];
+  load(block, dtype, kBlockRows * kBlockCols, pairs);
+  for (int p = 0; p < kBlockCols / 2; ++p)
+    for (int r = 0; r < kBlockRows; ++r) {
+      out[r * kBlockCols + 2 * p] = pairs[p * 32 + 2 * r];
+      out[r * kBlockCols + 2 * p + 1] = pairs[p * 32 + 2 * r + 1];
+    }
+}
+
+// Block k of a tile as fp32, out[row * kBlockCols + col]; to be called for k = 0, 1, ...
+inline void unpack_block(const RunArgs& args, BlockCursor& cursor, int64_t k, float* out) {
+  if (args.level == Level::exact) {
+    cursor.at(k);
+    const int64_t bytes = kBlockRows * kBlockCols * dtype_bytes(args.exact_dtype);
+    return exact_block(cursor.plane(0, k, bytes), args.exact_dtype, out);
+  }
+  float scale[kBlockRows], zero[kBlockRows];
+  group_params(args, k / kGroupBlocks, scale, zero);
+  uint8_t value[1][8][64];
+  block_values(args, cursor, k, 1, value);
+  for (int q = 0; q < 8; ++q)
+    for (int r = 0; r < kBlockRows; ++r)
+      for (int c = 0; c < 4; ++c)
+        out[r * kBlockCols + 4 * q + c] =
+            scale[r] * (static_cast<float>(value[0][q][4 * r + c]) - zero[r]);
+}
+
+// Exact weights in their own type: bits are moved, never converted.
+inline void exact_rows(const RunArgs& args, int64_t num_rows, int64_t cols, void* out, int64_t ld) {
+  BlockCursor cursor(args);
+  const int64_t bytes = kBlockRows * kBlockCols * dtype_bytes(args.exact_dtype);
+  for (int64_t k = 0; k < args.col_blocks; ++k) {
+    cursor.at(k);
+    const uint8_t* block = cursor.plane(0, k, bytes);
+    for (int64_t c = k * kBlockCols; c < cols && c < (k + 1) * kBlockCols; ++c) {
+      const int64_t b = c % kBlockCols;
+      if (args.exact_dtype == DType::fp32) {
+        const auto* w = reinterpret_cast<const uint32_t*>(block) + b * kBlockRows;
+        for (int64_t r = 0; r < num_rows; ++r) static_cast<uint32_t*>(out)[r * ld + c] = w[r];
+      } else {
+        const auto* w = reinterpret_cast<const uint16_t*>(block) + (b / 2) * 32 + b % 2;
+        for (int64_t r = 0; r < num_rows; ++r) static_cast<uint16_t*>(out)[r * ld + c] = w[2 * r];
+      }
+    }
+  }
+}
+
+inline void unpack_tile(const RunArgs& args, int64_t num_rows, int64_t cols, void* out,
+                        DType out_dtype, int64_t ld) {
+  if (args.level == Level::exact && args.exact_dtype == out_dtype)
+    return exact_rows(args, num_rows, cols, out, ld);
+  float block[kBlockRows * kBlockCols];
+  const int64_t size = dtype_bytes(out_dtype);
+  BlockCursor cursor(args);
+  for (int64_t k = 0; k < args.col_blocks; ++k) {
+    unpack_block(args, cursor, k, block);
+    const int64_t first = k * kBlockCols;
+    const int64_t n = cols - first < kBlockCols ? cols - first : kBlockCols;
+    for (int64_t r = 0; r < num_rows; ++r)
+      store(block + r * kBlockCols, n, static_cast<uint8_t*>(out) + (r * ld + first) * size,
+            out_dtype);
+  }
+}
+
+// ---- products ---------------------------------------------------------------------------------
+
+inline void quad_dot(const uint8_t* value, const int8_t* x, int32_t* dot) {
+  for (int r = 0; r < kBlockRows; ++r)
+    dot[r] += value[4 * r] * x[0] + value[4 * r + 1] * x[1] + value[4 * r + 2] * x[2] +
+              value[4 * r + 3] * x[3];
+}
+
+inline void multiply_int8(const RunArgs& args) {
+  for (int i = 0; i < args.num_rows; ++i)
+    std::memset(args.out[i], 0, args.num_tiles * kBlockRows * 4);
+  uint8_t value[kGroupBlocks][8][64];
+  BlockCursor cursor(args);
+  const int64_t groups = args.layout.groups;
+  for (int64_t tile_group = 0; tile_group < args.num_tiles * groups; ++tile_group) {
+    const int64_t tile = tile_group / groups, g = tile_group % groups;
+    const int64_t left = args.col_blocks - g * kGroupBlocks;
+    const int n = static_cast<int>(left < kGroupBlocks ? left : kGroupBlocks);
+    block_values(args, cursor, tile * args.col_blocks + g * kGroupBlocks, n, value);
+    float scale[kBlockRows], zero[kBlockRows];
+    group_params(args, tile_group, scale, zero);
+    for (int i = 0; i < args.num_rows; ++i) {
+      const uint8_t* row = args.rows[i];
+      const auto* x = reinterpret_cast<const int8_t*>(row) + g * kGroupCols;
+      const auto* x_scale =
+          reinterpret_cast<const float*>(row + args.layout.scale_offset()) + g * kGroupBlocks;
+      const float x_sum = reinterpret_cast<const float*>(row + args.layout.sum_offset())[g];
+      float sum[kBlockRows] = {};
+      for (int b = 0; b < n; ++b) {
+        int32_t dot[kBlockRows] = {};
+        for (int q = 0; q < 8; ++q) quad_dot(value[b][q], x + b * kBlockCols + 4 * q, dot);
+        for (int r = 0; r < kBlockRows; ++r) sum[r] += x_scale[b] * static_cast<float>(dot[r]);
+      }
+      float* out = args.out[i] + tile * kBlockRows;
+      for (int r = 0; r < kBlockRows; ++r) out[r] += scale[r] * (sum[r] - zero[r] * x_sum);
+    }
+  }
+}
+
+inline void multiply_int16(const RunArgs& args) {
+  for (int i = 0; i < args.num_rows; ++i)
+    std::memset(args.out[i], 0, args.num_tiles * kBlockRows * 4);
+  uint8_t value[kGroupBlocks][8][64];
+  BlockCursor cursor(args);
+  const int64_t groups = args.layout.groups;
+  for (int64_t tile_group = 0; tile_group < args.num_tiles * groups; ++tile_group) {
+    const int64_t tile = tile_group / groups, g = tile_group % groups;
+    const int64_t left = args.col_blocks - g * kGroupBlocks;
+    const int n = static_cast<int>(left < kGroupBlocks ? left : kGroupBlocks);
+    block_values(args, cursor, tile * args.col_blocks + g * kGroupBlocks, n, value);
+    float scale[kBlockRows], zero[kBlockRows];
+    group_params(args, tile_group, scale, zero);
+    for (int i = 0; i < args.num_rows; ++i) {
+      const uint8_t* row = args.rows[i];
+      const auto* high = reinterpret_cast<const int8_t*>(row) + g * kGroupCols;
+      const auto* low = high + args.layout.padded();
+      const float x_scale = reinterpret_cast<const float*>(row + args.layout.scale_offset())[g];
+      const int32_t x_sum = reinterpret_cast<const int32_t*>(row + args.layout.sum_offset())[g];
+      int32_t dot_high[kBlockRows] = {}, dot_low[kBlockRows] = {};
+      for (int b = 0; b < n; ++b)
+        for (int q = 0; q < 8; ++q) {
+          quad_dot(value[b][q], high + b * kBlockCols + 4 * q, dot_high);
+          quad_dot(value[b][q], low + b * kBlockCols + 4 * q, dot_low);
+        }
+      float* out = args.out[i] + tile * kBlockRows;
+      for (int r = 0; r < kBlockRows; ++r) {
+        // Within int32: 128 columns * 255 * 32640 = 1.07e9.
+        const int32_t dot = dot_high[r] * 256 + dot_low[r] - static_cast<int32_t>(zero[r]) * x_sum;
+        out[r] += scale[r] * x_scale * static_cast<float>(dot);
+      }
+    }
+  }
+}
+
+inline void multiply_fp32(const RunArgs& args) {
+  for (int i = 0; i < args.num_rows; ++i)
+    std::memset(args.out[i], 0, args.num_tiles * kBlockRows * 4);
+  float w[kBlockRows * kBlockCols], by_col[kBlockRows * kBlockCols];
+  BlockCursor cursor(args);
+  const int64_t bytes = kBlockRows * kBlockCols * dtype_bytes(args.exact_dtype);
+  for (int64_t k = 0; k < args.num_tiles * args.col_blocks; ++k) {
+    const int64_t tile = k / args.col_blocks, column = k % args.col_blocks * kBlockCols;
+    cursor.at(k);
+    const float* block =
+        reinterpret_cast<const float*>(cursor.plane(0, k, bytes));  // fp32: by column already
+    if (args.exact_dtype != DType::fp32) {
+      exact_block(cursor.plane(0, k, bytes), args.exact_dtype, w);
+      for (int c = 0; c < kBlockCols; ++c)
+        for (int r = 0; r < kBlockRows; ++r) by_col[c * kBlockRows + r] = w[r * kBlockCols + c];
+      block = by_col;
+    }
+    for (int i = 0; i < args.num_rows; ++i) {
+      const auto* x = reinterpret_cast<const float*>(args.rows[i]) + column;
+      float* out = args.out[i] + tile * kBlockRows;
+      for (int c = 0; c < kBlockCols; ++c)
+        for (int r = 0; r < kBlockRows; ++r) out[r] += block[c * kBlockRows + r] * x[c];
+    }
+  }
+}
+
+inline void multiply(const RunArgs& args) {
+  switch (args.layout.form) {
+    case Form::int8:
+      return multiply_int8(args);
+    case Form::int16:
+      return multiply_int16(args);
+    default:
+      return multiply_fp32(args);
+  }
+}
+
+}  // namespace
+}  // namespace comoe

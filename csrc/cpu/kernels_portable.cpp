@@ -1,0 +1,8 @@
+#include "generic.h"
+
+namespace comoe {
+
+const Kernels kPortableKernels = {"portable", false,         multiply, load,
+                                  store,      prepare_group, activate, unpack_tile};
+
+}  // namespace comoe

@@ -1,0 +1,190 @@
+#include "parallel.h"
+
+#include <pthread.h>
+
+#include <chrono>
+#include <condition_variable>
+#include <mutex>
+#include <stdexcept>
+#include <thread>
+#include <vector>
+
+namespace comoe {
+namespace {
+
+// How long an idle thread spins before it sleeps. A wake-up costs 5 to 50 us, so the gap between
+// the phases of one call is worth spinning through; longer spinning would steal the core from
+// torch.
+constexpr auto kSpin = std::chrono::microseconds(20);
+
+inline void pause_cpu() {
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+// Spins for kSpin; true as soon as `ready()`.
+template <class Ready>
+bool spin_until(Ready&& ready) {
+  const auto end = std::chrono::steady_clock::now() + kSpin;
+  for (;;) {
+    for (int i = 0; i < 32; ++i) {
+      if (ready()) return true;
+      pause_cpu();
+    }
+    if (std::chrono::steady_clock::now() >= end) return ready();
+  }
+}
+
+// Workers wait for `epoch_` to change, run the body, and count `pending_` down to zero.
+class Workers {
+ public:
+  explicit Workers(int num_threads) {
+    for (int i = 1; i < num_threads; ++i) threads_.emplace_back([this, i] { loop(i); });
+  }
+
+  ~Workers() {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      stop_ = true;
+      epoch_.fetch_add(1);
+    }
+    work_.notify_all();
+    for (auto& t : threads_) t.join();
+  }
+
+  int num_threads() const { return static_cast<int>(threads_.size()) + 1; }
+
+  void run(Parallel::Body body, void* context) {
+    body_ = body;
+    context_ = context;
+    pending_.store(static_cast<int>(threads_.size()));
+    {
+      std::lock_guard<std::mutex> lock(
+          mutex_);  // or a worker could miss the wake-up on its way to sleep
+      epoch_.fetch_add(1);
+      if (sleeping_ > 0) work_.notify_all();
+    }
+    body(context, 0, num_threads());
+    auto finished = [this] { return pending_.load(std::memory_order_acquire) == 0; };
+    if (spin_until(finished)) return;
+    std::unique_lock<std::mutex> lock(mutex_);
+    done_.wait(lock, finished);
+  }
+
+ private:
+  void loop(int thread) {
+    uint64_t seen = 0;
+    for (;;) {
+      auto changed = [&] { return epoch_.load(std::memory_order_acquire) != seen; };
+      if (!spin_until(changed)) {
+        std::unique_lock<std::mutex> lock(mutex_);
+        ++sleeping_;
+        work_.wait(lock, changed);
+        --sleeping_;
+      }
+      seen = epoch_.load(std::memory_order_acquire);
+      if (stop_) return;
+      body_(context_, thread, num_threads_seen());
+      if (pending_.fetch_sub(1, std::memory_order_acq_rel) == 1) {
+        std::lock_guard<std::mutex> lock(
+            mutex_);  // the caller may be between its test and its sleep
+        done_.notify_one();
+      }
+    }
+  }
+
+  // threads_ is still growing while the first workers start, but no body runs before it is
+  // complete.
+  int num_threads_seen() const { return static_cast<int>(threads_.size()) + 1; }
+
+  std::vector<std::thread> threads_;
+  std::mutex mutex_;
+  std::condition_variable work_, done_;
+  std::atomic<uint64_t> epoch_{0};
+  std::atomic<int> pending_{0};
+  int sleeping_ = 0;  // under mutex_
+  bool stop_ = false;
+  Parallel::Body body_ = nullptr;
+  void* context_ = nullptr;
+};
+
+using GompParallel = void (*)(void (*)(void*), void*, unsigned, unsigned);
+
+struct State {
+  std::mutex mutex;  // settings
+  std::atomic<int> num_threads{0};
+  std::atomic<GompParallel> gomp{nullptr};
+  std::atomic<bool> busy{false};
+  Workers* workers = nullptr;  // only touched by the owner of `busy`
+};
+
+State& state() {
+  static State* s = [] {
+    auto* created = new State;  // never destroyed: workers may outlive static destructors
+    const unsigned cores = std::thread::hardware_concurrency();
+    created->num_threads = cores ? static_cast<int>(cores) : 1;
+    // A forked child has the pool's memory but not its threads: it starts a pool of its own.
+    pthread_atfork(nullptr, nullptr, [] {
+      State& child = state();
+      child.workers = nullptr;
+      child.busy = false;
+    });
+    return created;
+  }();
+  return *s;
+}
+
+}  // namespace
+
+Parallel& Parallel::instance() {
+  static Parallel parallel;
+  return parallel;
+}
+
+void Parallel::set_num_threads(int num_threads) {
+  if (num_threads < 1)
+    throw std::invalid_argument("set_num_threads: num_threads must be at least 1");
+  state().num_threads = num_threads;
+}
+
+int Parallel::num_threads() const { return state().num_threads.load(std::memory_order_relaxed); }
+
+void Parallel::use_gomp(void* gomp_parallel) {
+  state().gomp = reinterpret_cast<GompParallel>(gomp_parallel);
+}
+
+void Parallel::run(Body body, void* context) {
+  State& s = state();
+  const int n = num_threads();
+  if (n == 1) return body(context, 0, 1);
+  if (GompParallel gomp = s.gomp.load(std::memory_order_acquire)) {
+    // libgomp keeps one team per calling thread, so concurrent callers are fine. Thread numbers are
+    // handed out here because the team may be smaller than asked.
+    struct Call {
+      Body body;
+      void* context;
+      int num_threads;
+      std::atomic<int> next{0};
+    } call{body, context, n};
+    gomp(
+        [](void* raw) {
+          auto& c = *static_cast<Call*>(raw);
+          c.body(c.context, c.next.fetch_add(1, std::memory_order_relaxed), c.num_threads);
+        },
+        &call, static_cast<unsigned>(n), 0);
+    return;
+  }
+  // A second caller, or a body that calls back in, does its work alone instead of waiting.
+  if (s.busy.exchange(true, std::memory_order_acquire)) return body(context, 0, 1);
+  if (!s.workers || s.workers->num_threads() != n) {
+    delete s.workers;
+    s.workers = new Workers(n);
+  }
+  s.workers->run(body, context);
+  s.busy.store(false, std::memory_order_release);
+}
+
+}  // namespace comoe
