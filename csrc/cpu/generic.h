@@ -267,6 +267,24 @@ inline void prepare_group(const float* src, const RowLayout& layout, int64_t gro
   }
 }
 
+// Issues the run's prefetches, `lines` per block, into the second-level cache.
+struct Prefetcher {
+  const Prefetch* next;
+  const uint8_t *p, *end;
+  explicit Prefetcher(const RunArgs& args) : next(args.prefetch), p(next->begin), end(next->end) {}
+  template <int lines>
+  inline void step() {
+    if (p >= end) {
+      if (next->begin == next->end) return;
+      ++next;
+      p = next->begin;
+      end = next->end;
+    }
+    for (int i = 0; i < lines; ++i) __builtin_prefetch(p + 64 * i, 0, 2);
+    p += 64 * lines;
+  }
+};
+
 // ---- weights ----------------------------------------------------------------------------------
 
 // Walks the blocks of a run upwards: `at(k)` must be called for each block before `plane`.

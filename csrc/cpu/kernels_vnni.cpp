@@ -1,9 +1,8 @@
 // AVX-512 with VBMI, VNNI and BF16 (Zen 4, Sapphire Rapids and later).
-#pragma GCC diagnostic push  // GCC 12's own headers use deliberately undefined vectors (PR 105593)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored \
+    "-Wmaybe-uninitialized"  // GCC 12's headers use undefined vectors on purpose
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #include <immintrin.h>
-#pragma GCC diagnostic pop
 
 #include "generic.h"
 
@@ -140,25 +139,6 @@ struct Unpacker<Level::bits8> {
     v[5] = quad<5>(p, a1, b, c);
     v[6] = quad<6>(p, a1, b, c);
     v[7] = quad<7>(p, a1, b, c);
-  }
-};
-
-// Issues the run's prefetches, `lines` per block.
-struct Prefetcher {
-  const Prefetch* next;
-  const uint8_t *p, *end;
-  explicit Prefetcher(const RunArgs& args) : next(args.prefetch), p(next->begin), end(next->end) {}
-  template <int lines>
-  inline void step() {
-    if (p >= end) {
-      if (next->begin == next->end) return;
-      ++next;
-      p = next->begin;
-      end = next->end;
-    }
-    for (int i = 0; i < lines; ++i)
-      _mm_prefetch(reinterpret_cast<const char*>(p + 64 * i), _MM_HINT_T1);
-    p += 64 * lines;
   }
 };
 
