@@ -423,9 +423,33 @@ void multiply_vnni(const RunArgs& args) {
   }
 }
 
+template <Level L>
+void store_values(const RunArgs& args, const uint8_t* const* p, uint8_t value[8][64]) {
+  __m512i v[8];
+  Unpacker<L> unpack(*args.header);
+  unpack(p, v);
+  for (int q = 0; q < 8; ++q) _mm512_store_si512(value[q], v[q]);
+}
+
+void unpack_tile_vnni(const RunArgs& args, int64_t num_rows, int64_t cols, void* out,
+                      DType out_dtype, int64_t ld) {
+  switch (args.level) {
+    case Level::bits2:
+      return unpack_tile_with(args, num_rows, cols, out, out_dtype, ld, store_values<Level::bits2>);
+    case Level::bits3:
+      return unpack_tile_with(args, num_rows, cols, out, out_dtype, ld, store_values<Level::bits3>);
+    case Level::bits4:
+      return unpack_tile_with(args, num_rows, cols, out, out_dtype, ld, store_values<Level::bits4>);
+    case Level::bits8:
+      return unpack_tile_with(args, num_rows, cols, out, out_dtype, ld, store_values<Level::bits8>);
+    case Level::exact:
+      return unpack_tile(args, num_rows, cols, out, out_dtype, ld);
+  }
+}
+
 }  // namespace
 
-const Kernels kVnniKernels = {"avx512_vnni_bf16", true,     multiply_vnni, load, store,
-                              prepare_group,      activate, unpack_tile};
+const Kernels kVnniKernels = {"avx512_vnni_bf16", true,     multiply_vnni,   load, store,
+                              prepare_group,      activate, unpack_tile_vnni};
 
 }  // namespace comoe

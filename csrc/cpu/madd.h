@@ -242,5 +242,39 @@ void multiply_madd(const RunArgs& args) {
   }
 }
 
+template <class V, Level L>
+void store_values(const RunArgs& args, const uint8_t* const* p, uint8_t value[8][64]) {
+  const MatrixHeader& h = *args.header;
+  const auto table = V::load_table(L == Level::bits2   ? h.table2
+                                   : L == Level::bits3 ? h.table3
+                                                       : h.table4);
+  for (int part = 0; part < 64 / V::kBytes; ++part) {
+    typename V::I v[8];
+    unpack_part<V, L>(p, part, table, v);
+    for (int q = 0; q < 8; ++q) std::memcpy(value[q] + part * V::kBytes, &v[q], V::kBytes);
+  }
+}
+
+template <class V>
+void unpack_tile_madd(const RunArgs& args, int64_t num_rows, int64_t cols, void* out,
+                      DType out_dtype, int64_t ld) {
+  switch (args.level) {
+    case Level::bits2:
+      return unpack_tile_with(args, num_rows, cols, out, out_dtype, ld,
+                              store_values<V, Level::bits2>);
+    case Level::bits3:
+      return unpack_tile_with(args, num_rows, cols, out, out_dtype, ld,
+                              store_values<V, Level::bits3>);
+    case Level::bits4:
+      return unpack_tile_with(args, num_rows, cols, out, out_dtype, ld,
+                              store_values<V, Level::bits4>);
+    case Level::bits8:
+      return unpack_tile_with(args, num_rows, cols, out, out_dtype, ld,
+                              store_values<V, Level::bits8>);
+    case Level::exact:
+      return unpack_tile(args, num_rows, cols, out, out_dtype, ld);
+  }
+}
+
 }  // namespace
 }  // namespace comoe
