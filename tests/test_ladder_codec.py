@@ -175,6 +175,25 @@ def test_strided_sources():
     assert [p.tobytes() for p in encode(shape, [spread[:, ::2], np.asfortranarray(down)])] == whole
 
 
+def test_encoding_into_given_arrays():
+    shape = Shape(40, 24)
+    expert = make_expert(shape)
+    want = encode(shape, *expert)
+    out = [np.full(p.size, 0xA5, np.uint8) for p in want]
+    got = _C.encode_expert(*expert, BF16, True, out)
+    assert all(a is b for a, b in zip(got, out, strict=True))
+    for a, b in zip(out, want, strict=True):
+        np.testing.assert_array_equal(a, b)
+    with pytest.raises(ValueError, match=r"out\[2\] must be a contiguous uint8 array of"):
+        _C.encode_expert(*expert, BF16, True, [*out[:2], out[2][:-1], *out[3:]])
+    with pytest.raises(ValueError, match="out must hold 5 arrays, got 2"):
+        _C.encode_expert(*expert, BF16, True, out[:2])
+    for p in out:
+        p.flags.writeable = False
+    with pytest.raises(ValueError, match="writeable"):
+        _C.encode_expert(*expert, BF16, True, out)
+
+
 # ---- hostile values -------------------------------------------------------------------------------
 
 

@@ -272,24 +272,12 @@ inline void prepare_group(const float* src, const RowLayout& layout, int64_t gro
 // Walks the blocks of a run upwards: `at(k)` must be called for each block before `plane`.
 struct BlockCursor {
   const Segment* here;
-  const Segment* ahead;
-  int64_t last;  // block that may be prefetched
-  explicit BlockCursor(const RunArgs& args)
-      : here(args.segments), ahead(args.segments), last(args.prefetch_end - 1) {}
+  explicit BlockCursor(const RunArgs& args) : here(args.segments) {}
   void at(int64_t k) {
     if (k == here[1].first) ++here;
   }
   const uint8_t* plane(int p, int64_t k, int64_t block_bytes) const {
     return here->base[p] + k * block_bytes;
-  }
-  // The block to prefetch while k is computed; its planes are at ahead_plane.
-  int64_t ahead_at(int64_t k, int64_t distance) {
-    k = k + distance < last ? k + distance : last;
-    while (k >= ahead[1].first) ++ahead;
-    return k;
-  }
-  const uint8_t* ahead_plane(int p, int64_t k, int64_t block_bytes) const {
-    return ahead->base[p] + k * block_bytes;
   }
 };
 

@@ -52,10 +52,11 @@ Core::Coldness Core::coldness(int32_t record) const {
 
 int64_t Core::capacity_pages() const { return int64_t{target_slabs_} * config_.pages_per_slab; }
 
-// Records used at this tick or later belong to the step that runs now. Speculation leaves them
-// alone.
-uint64_t Core::protected_from() const {
-  return sessions_.empty() ? clock_ : sessions_.begin()->second.tick;
+// What speculation leaves alone: all that was used or has come since the oldest open session began;
+// with no session open, what was fetched ahead since the last one began and is still to be used.
+bool Core::is_protected(const Record& record) const {
+  if (!sessions_.empty()) return record.last_use >= sessions_.begin()->second.tick;
+  return record.speculative && record.last_use >= clock_;
 }
 
 int64_t Core::need_pages(int32_t first_record, uint32_t mask) const {
@@ -323,7 +324,7 @@ Core::Admission Core::try_admit(int32_t id, int32_t need) {
 
   pin_level(id, need, level);  // so that making room does not push out its own records
   const Coldness any{kHottest, kNever, -1};
-  if (!make_room(missing, any, kNever, false)) {
+  if (!make_room(missing, any, Room::demand)) {
     unpin_level(id, need);
     n.level = 0;
     if (!n.counted_wave) ++stats_.waves;
@@ -400,10 +401,10 @@ bool Core::map_one_slab() {
   return true;
 }
 
-// Makes `pages` pages free: maps slabs, then evicts records colder than `limit`, last used before
-// `protect_from`. True if that many are free now. With all_or_nothing, evicts only if it is enough.
-bool Core::make_room(int64_t pages, const Coldness& limit, uint64_t protect_from,
-                     bool all_or_nothing) {
+// Makes `pages` pages free: maps slabs, then evicts records colder than `limit`. True if that many
+// are free now. Demand takes what it gets; all others evict only if it is enough, and speculation
+// spares what is protected.
+bool Core::make_room(int64_t pages, const Coldness& limit, Room room) {
   while (pool_.free_pages() < pages && map_one_slab()) {
   }
   int64_t missing = pages - pool_.free_pages();
@@ -417,7 +418,8 @@ bool Core::make_room(int64_t pages, const Coldness& limit, uint64_t protect_from
     if (record.state != RecordState::resident) continue;
     if (entry < coldness(entry.record)) {
       push_heap(entry.record);  // it was used since
-    } else if (record.pins > 0 || record.user_pinned || record.last_use >= protect_from) {
+    } else if (record.pins > 0 || record.user_pinned ||
+               (room == Room::speculation && is_protected(record))) {
       kept.push_back(entry.record);
     } else {
       victims.push_back(entry.record);
@@ -425,7 +427,7 @@ bool Core::make_room(int64_t pages, const Coldness& limit, uint64_t protect_from
         if (!pool_.is_draining(pool_.slab_of(page))) --missing;
     }
   }
-  if (missing > 0 && all_or_nothing) {
+  if (missing > 0 && room != Room::demand) {
     kept.insert(kept.end(), victims.begin(), victims.end());
     victims.clear();
   }
@@ -544,7 +546,7 @@ bool Core::relocate(int32_t r) {
     if (pool_.is_draining(pool_.slab_of(record.pages[i]))) moving.push_back(i);
   const Coldness any{kHottest, kNever, -1};
   if (!make_room(static_cast<int64_t>(moving.size()), record.user_pinned ? any : coldness(r),
-                 kNever, true))
+                 Room::relocation))
     return false;
   std::vector<int32_t> to;
   pool_.allocate(static_cast<int64_t>(moving.size()), to);
@@ -675,10 +677,10 @@ void Core::pump() {
 bool Core::start_speculation(int32_t r) {
   const Record& record = records_[r];
   const Priority priority = queue_.priority(r);
-  const uint64_t protect = protected_from();
-  const Coldness limit{record.value, priority == Priority::prefetch ? protect : 0,
-                       std::numeric_limits<int32_t>::max()};
-  if (!make_room(record.num_pages + config_.slack_pages, limit, protect, true)) return false;
+  const Coldness limit = priority == Priority::prefetch
+                             ? Coldness{record.value, kNever, -1}
+                             : Coldness{record.value, 0, std::numeric_limits<int32_t>::max()};
+  if (!make_room(record.num_pages + config_.slack_pages, limit, Room::speculation)) return false;
   queue_.erase(r);
   start_read(r, priority);
   return true;

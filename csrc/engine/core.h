@@ -176,7 +176,7 @@ class Core {
   void for_records(int32_t first_record, uint32_t mask, F&& f);
   Coldness coldness(int32_t record) const;
   int64_t capacity_pages() const;
-  uint64_t protected_from() const;
+  bool is_protected(const Record& record) const;
 
   void settle();  // after every event: drain, admit, pump
   void admit();
@@ -190,7 +190,8 @@ class Core {
   void release(int32_t session, int32_t need);
   void fail_session(int32_t session, const std::string& error);
 
-  bool make_room(int64_t pages, const Coldness& limit, uint64_t protect_from, bool all_or_nothing);
+  enum class Room { demand, relocation, speculation };
+  bool make_room(int64_t pages, const Coldness& limit, Room room);
   bool map_one_slab();
   void start_read(int32_t record, Priority priority);
   bool start_speculation(int32_t record);

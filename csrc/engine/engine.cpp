@@ -318,6 +318,7 @@ void Engine::pin(const int32_t* ids, int64_t count, bool pinned) {
     }
   } catch (...) {
     for (int32_t id : changed) state_->core.pin(id, !pinned);
+    state_->notify();
     throw;
   }
   state_->notify();
