@@ -56,9 +56,8 @@ def match_activation(
     try:
         with torch.no_grad():
             got = apply_gate(x).float()
-    except (
-        Exception
-    ):  # any code may be here; what is not a plain function of its input stays in torch
+    except Exception:
+        # Any code may be here; what is not a plain function of its input stays in torch.
         return None, 0.0, 0.0
     if got.device.type == "meta" or got.numel() != x.numel() // (2 if gated else 1):
         return None, 0.0, 0.0
