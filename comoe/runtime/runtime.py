@@ -129,7 +129,9 @@ class Runtime:
         used = np.zeros(spec.num_experts, np.uint8)
         rows_per_expert = tokens * k / min(spec.num_experts, max(tokens * k, 1))
         if spec.runs_in_torch or rows_per_expert >= PREFILL_ROWS:
-            out = forward_unpacked(self._op, layer_idx, spec, hidden, index, weights, used, ahead)
+            out = forward_unpacked(
+                self._op, layer_idx, spec, hidden, index, top_k_weights, used, ahead
+            )
         else:
             out = torch.empty((tokens, spec.hidden), dtype=hidden.dtype)
             self._op.forward(
@@ -142,6 +144,7 @@ class Runtime:
                 tokens,
                 k,
                 out.data_ptr(),
+                hidden.dtype != torch.float32 and top_k_weights.dtype == hidden.dtype,
                 used,
                 ahead,
             )

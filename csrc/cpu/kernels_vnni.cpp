@@ -1,9 +1,8 @@
 // AVX-512 with VBMI, VNNI and BF16 (Zen 4, Sapphire Rapids and later).
-#pragma GCC diagnostic push  // GCC 12's own headers use deliberately undefined vectors (PR 105593)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored \
+    "-Wmaybe-uninitialized"  // GCC 12's headers use undefined vectors on purpose
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #include <immintrin.h>
-#pragma GCC diagnostic pop
 
 #include "generic.h"
 
@@ -140,25 +139,6 @@ struct Unpacker<Level::bits8> {
     v[5] = quad<5>(p, a1, b, c);
     v[6] = quad<6>(p, a1, b, c);
     v[7] = quad<7>(p, a1, b, c);
-  }
-};
-
-// Issues the run's prefetches, `lines` per block.
-struct Prefetcher {
-  const Prefetch* next;
-  const uint8_t *p, *end;
-  explicit Prefetcher(const RunArgs& args) : next(args.prefetch), p(next->begin), end(next->end) {}
-  template <int lines>
-  inline void step() {
-    if (p >= end) {
-      if (next->begin == next->end) return;
-      ++next;
-      p = next->begin;
-      end = next->end;
-    }
-    for (int i = 0; i < lines; ++i)
-      _mm_prefetch(reinterpret_cast<const char*>(p + 64 * i), _MM_HINT_T1);
-    p += 64 * lines;
   }
 };
 
@@ -443,9 +423,33 @@ void multiply_vnni(const RunArgs& args) {
   }
 }
 
+template <Level L>
+void store_values(const RunArgs& args, const uint8_t* const* p, uint8_t value[8][64]) {
+  __m512i v[8];
+  Unpacker<L> unpack(*args.header);
+  unpack(p, v);
+  for (int q = 0; q < 8; ++q) _mm512_store_si512(value[q], v[q]);
+}
+
+void unpack_tile_vnni(const RunArgs& args, int64_t num_rows, int64_t cols, void* out,
+                      DType out_dtype, int64_t ld) {
+  switch (args.level) {
+    case Level::bits2:
+      return unpack_tile_with(args, num_rows, cols, out, out_dtype, ld, store_values<Level::bits2>);
+    case Level::bits3:
+      return unpack_tile_with(args, num_rows, cols, out, out_dtype, ld, store_values<Level::bits3>);
+    case Level::bits4:
+      return unpack_tile_with(args, num_rows, cols, out, out_dtype, ld, store_values<Level::bits4>);
+    case Level::bits8:
+      return unpack_tile_with(args, num_rows, cols, out, out_dtype, ld, store_values<Level::bits8>);
+    case Level::exact:
+      return unpack_tile(args, num_rows, cols, out, out_dtype, ld);
+  }
+}
+
 }  // namespace
 
-const Kernels kVnniKernels = {"avx512_vnni_bf16", true,     multiply_vnni, load, store,
-                              prepare_group,      activate, unpack_tile};
+const Kernels kVnniKernels = {"avx512_vnni_bf16", true,     multiply_vnni,   load, store,
+                              prepare_group,      activate, unpack_tile_vnni};
 
 }  // namespace comoe
