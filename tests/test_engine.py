@@ -101,6 +101,7 @@ def test_every_level_comes_whole_and_in_waves(store, io, direct):
     assert stats["bytes_read"] == stats["demand_bytes"] > 0
     if not direct:
         assert stats["buffered_reads"] > 0
+    assert stats["io"] in (("uring", "threads") if io != "threads" else ("threads",))
     engine.close()
 
 
