@@ -14,7 +14,9 @@ GIL. A row's result depends neither on the other rows nor on the number of threa
 Rounding. Levels 2, 3, 4: activations (x, and a) as int8 with one scale per 32 columns; level 8: as
 15-bit integers with one scale per 128; products are summed exactly in int32 per scale, then in
 float32. Exact bfloat16 weights and x: bfloat16 products, float32 sums, a rounded to bfloat16 (where
-the CPU has no such instruction: all in float32). Other exact weights: all in float32.
+the CPU has no such instruction: all in float32). Other exact weights: all in float32. Where x has
+16 bits, the results of each product and activation of exact experts are rounded to its dtype, as
+transformers' own experts do, so that greedy decoding seldom falls on another side of a near tie.
 """
 
 from __future__ import annotations
@@ -63,16 +65,30 @@ def expert_ffn_ref(
     alpha: float = 0.0,
     limit: float = 0.0,
     round_activations: Callable[[torch.Tensor], torch.Tensor] = lambda v: v,
+    round_results: Callable[[torch.Tensor], torch.Tensor] = lambda v: v,
 ) -> torch.Tensor:
     """One expert on all rows of x [S, H], in float32 on dense matrices; `round_activations` is applied
-    to the inputs of each matrix product (see `rounding`)."""
+    to the inputs of each matrix product (see `rounding`), `round_results` to what comes out of each
+    product and activation (see `rounding_of_results`)."""
     biases = [b.float() for b in biases] if biases else [None] * len(matrices)
     x = round_activations(x.float())
     *hidden, up = (
-        F.linear(x, w.float(), b) for w, b in zip(matrices[:-1], biases[:-1], strict=True)
+        round_results(F.linear(x, w.float(), b))
+        for w, b in zip(matrices[:-1], biases[:-1], strict=True)
     )
-    a = activate_ref(hidden[0] if hidden else None, up, activation, alpha, limit)
-    return F.linear(round_activations(a), matrices[-1].float(), biases[-1])
+    if hidden and activation != "swigluoai":
+        a = round_results(activate_ref(None, hidden[0], activation)) * up
+    else:
+        a = activate_ref(hidden[0] if hidden else None, up, activation, alpha, limit)
+    a = round_activations(round_results(a))
+    return round_results(F.linear(a, matrices[-1].float(), biases[-1]))
+
+
+def rounding_of_results(level: int, x_dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Exact experts of a 16-bit model round to its dtype wherever transformers' own experts do."""
+    if level == 4 and x_dtype != torch.float32:
+        return lambda v: v.to(x_dtype).float()
+    return lambda v: v
 
 
 def rounding(level: int, exact_bf16: bool = False) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -6,8 +6,10 @@ Sources compile with one set of flags, plus those of their instruction set: a fi
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -21,11 +23,16 @@ ISA_FLAGS = {
     "_vnni": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vbmi -mavx512vnni -mavx512bf16 -mfma -mf16c",
 }
 BASE_FLAGS = "-std=c++17 -O3 -g1 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-unused-parameter -pthread"
+CUDA_FLAGS = "-std=c++17 -O3 -lineinfo -Xcompiler -fPIC,-fvisibility=hidden -Xptxas -warn-spills"
 SANITIZERS = {
     "": "",
     "address": "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer",
     "thread": "-fsanitize=thread -fno-omit-frame-pointer",
 }
+
+
+class BuildError(RuntimeError):
+    """Something about this machine or its settings; the text says what to do."""
 
 
 def is_x86(machine: str) -> bool:
@@ -34,7 +41,7 @@ def is_x86(machine: str) -> bool:
 
 def engine_sources(machine: str) -> list[Path]:
     """All C++ sources except bindings and tests, without the x86 ones on other machines."""
-    found = sorted(p for p in CSRC.rglob("*.cpp") if "tests" not in p.parts and p.name != "bindings.cpp")
+    found = sorted(p for p in CSRC.rglob("*.cpp") if p.parent.name not in ("tests", "bindings"))
     return [p for p in found if is_x86(machine) or not any(p.stem.endswith(s) for s in ISA_FLAGS)]
 
 
@@ -42,28 +49,78 @@ def source_flags(source: Path) -> str:
     return next((flags for suffix, flags in ISA_FLAGS.items() if source.stem.endswith(suffix)), "")
 
 
-def find_nvcc() -> str | None:
-    """nvcc, if a CUDA toolkit is here; COMOE_CUDA=0 builds without it."""
-    if os.environ.get("COMOE_CUDA", "1") == "0":
+def find_nvcc(build_dir: Path) -> str | None:
+    """nvcc, if a CUDA toolkit that works is here. COMOE_CUDA=0 builds without it, =1 insists on it."""
+    wish = os.environ.get("COMOE_CUDA", "auto")
+    if wish not in ("auto", "0", "1"):
+        raise BuildError(f"COMOE_CUDA: expected auto, 0 or 1, got {wish!r}")
+    if wish == "0":
         return None
-    home = os.environ.get("CUDA_HOME")
-    candidate = Path(home, "bin", "nvcc") if home else None
-    return str(candidate) if candidate and candidate.exists() else shutil.which("nvcc")
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    places = ([os.path.join(home, "bin")] if home else []) + [None, "/usr/local/cuda/bin"]
+    nvcc = next((found for place in places if (found := shutil.which("nvcc", path=place))), None)
+    if nvcc is None:
+        if wish == "1":
+            raise BuildError("COMOE_CUDA=1, but there is no nvcc on PATH, in CUDA_HOME or in /usr/local/cuda")
+        return None
+    trouble = nvcc_trouble(nvcc, build_dir)
+    if trouble and wish == "1":
+        raise BuildError(f"COMOE_CUDA=1, but {nvcc} cannot compile:\n{trouble}")
+    if trouble:
+        print(f"comoe: built WITHOUT CUDA, since {nvcc} cannot compile:\n{trouble}", file=sys.stderr)
+    return None if trouble else nvcc
 
 
-def cuda_arch_flags() -> str:
-    """COMOE_CUDA_ARCHS ("80;90"), else the present GPU's, else 80 and 90 with PTX."""
-    archs = os.environ.get("COMOE_CUDA_ARCHS", "")
+def nvcc_trouble(nvcc: str, build_dir: Path) -> str:
+    """Why nvcc cannot compile here (half an installation, a host compiler it does not know), or nothing."""
+    probe, passed = build_dir / "probe.cu", build_dir / "probe.ok"
+    # Two seconds, so remembered for this nvcc and host compiler.
+    key = f"{nvcc} {os.stat(nvcc).st_mtime_ns} {os.environ.get('CXX', '')}"
+    if passed.exists() and passed.read_text() == key:
+        return ""
+    build_dir.mkdir(parents=True, exist_ok=True)
+    probe.write_text("#include <cuda_runtime.h>\n__global__ void f() {}\nint main() { f<<<1, 1>>>(); }\n")
+    command = [nvcc, "-c", str(probe), "-o", str(build_dir / "probe.o"), *nvcc_host_compiler()]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        return (result.stderr or result.stdout)[-2000:] or f"exit status {result.returncode}"
+    passed.write_text(key)
+    return ""
+
+
+def nvcc_host_compiler() -> list[str]:
+    return ["-ccbin", os.environ["CXX"]] if os.environ.get("CXX") else []
+
+
+def cuda_library_flags(nvcc: str) -> str:
+    """Where the static runtime lies: asked of nvcc, which may be a wrapper far from its toolkit."""
+    query = subprocess.run([nvcc, "-dryrun", "-x", "cu", os.devnull], capture_output=True, text=True)
+    line = next((s for s in query.stderr.splitlines() if s.startswith("#$ LIBRARIES=")), None)
+    if line is None:
+        raise BuildError(f"{nvcc} -dryrun names no LIBRARIES; COMOE_CUDA=0 builds without CUDA:\n{query.stderr}")
+    folders = [word for word in shlex.split(line.partition("=")[2]) if not word.endswith("stubs")]
+    return " ".join([*map(shlex.quote, folders), "-lcudart_static", "-ldl", "-lrt"])
+
+
+def cuda_arch_flags(nvcc: str) -> str:
+    """COMOE_CUDA_ARCHS ("80;90"), else the present GPUs', else 80 and 90 with PTX for what comes after."""
+    archs = [a.strip() for a in os.environ.get("COMOE_CUDA_ARCHS", "").split(";") if a.strip()]
+    wrong = [a for a in archs if not re.fullmatch(r"[1-9][0-9]{1,2}[af]?", a)]
+    if wrong:
+        raise BuildError(f"COMOE_CUDA_ARCHS: expected a list such as '80;90', got {';'.join(wrong)!r}")
+    ptx = [] if archs else ["90"]
     if not archs and shutil.which("nvidia-smi"):
         query = subprocess.run(
             ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"], capture_output=True, text=True
         )
-        if query.returncode == 0:
-            archs = ";".join(sorted({line.strip().replace(".", "") for line in query.stdout.splitlines() if line.strip()}))
-    names = archs.split(";") if archs else ["80", "90"]
-    flags = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in names]
-    if not archs:
-        flags.append("-gencode=arch=compute_90,code=compute_90")
+        caps = re.findall(r"^\s*(\d+)\.(\d+)\s*$", query.stdout, re.MULTILINE) if query.returncode == 0 else []
+        present = sorted({major + minor for major, minor in caps}, key=int)
+        known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
+        # A GPU newer than this nvcc runs the PTX below instead.
+        archs = [a for a in present if f"sm_{a}" in known]
+        ptx = [] if archs and archs == present else ptx
+    flags = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs or ["80", "90"]]
+    flags += [f"-gencode=arch=compute_{a},code=compute_{a}" for a in ptx]
     return " ".join(flags)
 
 
@@ -86,7 +143,9 @@ def write_ninja(
         "  depfile = $out.d",
         "  deps = gcc",
         "rule nvcc",
-        f"  command = {nvcc} $flags -c $in -o $out",
+        f"  command = {nvcc} -MD -MF $out.d $flags -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
         "rule link",
         "  command = $cxx $in -o $out $flags",
     ]
@@ -99,9 +158,9 @@ def write_ninja(
 
     for source, flags in objects.items():
         lines += [f"build {escape(object_of(source))}: cxx {escape(source)}", f"  flags = {flags}"]
+    cuda_flags = f"{CUDA_FLAGS} {cuda_arch_flags(nvcc)} {shlex.join(nvcc_host_compiler())}" if nvcc else ""
     for source in cuda_sources or []:
-        flags = f"-std=c++17 -O3 -lineinfo -Xcompiler -fPIC {cuda_arch_flags()}"
-        lines += [f"build {escape(object_of(source))}: nvcc {escape(source)}", f"  flags = {flags}"]
+        lines += [f"build {escape(object_of(source))}: nvcc {escape(source)}", f"  flags = {cuda_flags}"]
     for output, sources in links.items():
         inputs = " ".join(escape(object_of(s)) for s in sources)
         shared = "-shared " if output.suffix == ".so" else ""
@@ -111,8 +170,26 @@ def write_ninja(
 
 
 def run_ninja(build_dir: Path, *targets: str) -> None:
-    ninja = shutil.which("ninja") or str(Path(sys.executable).parent / "ninja")
-    subprocess.run([ninja, "-C", str(build_dir), *targets], check=True)
+    beside = shutil.which("ninja", path=str(Path(sys.executable).parent))
+    ninja = beside or shutil.which("ninja")
+    if ninja is None:
+        raise BuildError("there is no ninja: run 'make build', or 'pip install ninja' first")
+    jobs = os.environ.get("MAX_JOBS", "")
+    quiet = [] if sys.stdout.isatty() else ["--quiet"]
+    command = [ninja, *quiet, "-C", str(build_dir), *(["-j", jobs] if jobs else []), *targets]
+    result = subprocess.run(command)
+    if result.returncode:
+        raise BuildError(f"the native code did not compile (above); {shlex.join(command)} repeats it")
+
+
+def find_cxx() -> str:
+    wish = os.environ.get("CXX")
+    if wish:
+        return wish
+    for name in ("c++", "g++", "clang++"):
+        if shutil.which(name):
+            return name
+    raise BuildError("there is no C++ compiler; on Debian and Ubuntu: apt-get install g++ (or set CXX)")
 
 
 def build_extension(build_dir: Path, output: Path) -> None:
@@ -122,23 +199,25 @@ def build_extension(build_dir: Path, output: Path) -> None:
     import pybind11
 
     machine = platform.machine()
+    header = Path(sysconfig.get_paths()["include"], "Python.h")
+    if not header.exists():
+        raise BuildError(f"{header} is missing; on Debian and Ubuntu: apt-get install python3-dev")
     include = f"-I{shlex.quote(pybind11.get_include())} -I{shlex.quote(sysconfig.get_paths()['include'])}"
-    nvcc = find_nvcc()
+    nvcc = find_nvcc(build_dir)
     cuda_sources = sorted(CSRC.rglob("*.cu")) if nvcc else []
     cuda_define = " -DCOMOE_CUDA=1" if cuda_sources else ""
     sources = engine_sources(machine)
     objects = {s: f"{BASE_FLAGS}{cuda_define} {source_flags(s)}" for s in sources}
-    bindings = CSRC / "bindings.cpp"
-    objects[bindings] = f"{BASE_FLAGS}{cuda_define} {include}"
+    bindings = sorted((CSRC / "bindings").glob("*.cpp"))
+    objects.update({s: f"{BASE_FLAGS}{cuda_define} {include}" for s in bindings})
     link_flags = "-pthread -Wl,--gc-sections"
     if cuda_sources:
-        lib = Path(nvcc).resolve().parent.parent / "lib64"
-        link_flags += f" -L{shlex.quote(str(lib))} -lcudart_static -ldl -lrt"
+        link_flags += " " + cuda_library_flags(nvcc)
     write_ninja(
         build_dir,
         objects,
-        {output: [*sources, bindings, *cuda_sources]},
-        cxx=os.environ.get("CXX", "c++"),
+        {output: [*sources, *bindings, *cuda_sources]},
+        cxx=find_cxx(),
         link_flags=link_flags,
         cuda_sources=cuda_sources,
         nvcc=nvcc,
@@ -149,29 +228,55 @@ def build_extension(build_dir: Path, output: Path) -> None:
 def build_tests(build_dir: Path, sanitizer: str = "", cxx: str | None = None, machine: str | None = None) -> list[Path]:
     """Compiles each csrc/tests/test_*.cpp with the engine into a program of its own; returns them."""
     machine = machine or platform.machine()
-    flags = f"{BASE_FLAGS} {SANITIZERS[sanitizer]}" + (" -O1" if sanitizer else "")
+    flags = f"{BASE_FLAGS} {SANITIZERS[sanitizer]}"
     sources = engine_sources(machine)
     tests = sorted((CSRC / "tests").glob("test_*.cpp"))
     objects = {s: f"{flags} {source_flags(s)}" for s in [*sources, *tests]}
     links = {build_dir / t.stem: [*sources, t] for t in tests}
+    # Another machine's programs are static: its C library need not be installed where they are emulated.
+    static = " -static" if machine != platform.machine() else ""
     write_ninja(
-        build_dir, objects, links, cxx=cxx or os.environ.get("CXX", "c++"),
-        link_flags=f"-pthread {SANITIZERS[sanitizer]}" + (" -static" if machine != platform.machine() else ""),
+        build_dir, objects, links, cxx=cxx or find_cxx(), link_flags=f"-pthread {SANITIZERS[sanitizer]}{static}"
     )
     run_ninja(build_dir)
     return list(links)
 
 
-if __name__ == "__main__":
-    import argparse
+def run_tests(programs: list[Path], runner: list[str]) -> list[str]:
+    """Runs each program; returns the names of those that failed."""
+    failed = []
+    for program in programs:
+        print(f"== {program.name}", flush=True)
+        if subprocess.run([*runner, str(program)]).returncode:
+            failed.append(program.name)
+    return failed
 
+
+def main() -> None:
     parser = argparse.ArgumentParser(description="build and run the native tests")
-    parser.add_argument("--build-dir", type=Path, default=CSRC.parent / "build" / "native")
+    parser.add_argument("names", nargs="*", help="only these (test_engine); else all")
+    parser.add_argument("--build-dir", type=Path, default=None)
     parser.add_argument("--sanitizer", choices=sorted(SANITIZERS), default="")
-    parser.add_argument("--cxx", default=None)
-    parser.add_argument("--machine", default=None)
+    parser.add_argument("--cxx", default=None, help="a cross compiler; with --machine and --runner")
+    parser.add_argument("--machine", default=None, help="as uname -m says it: aarch64")
     parser.add_argument("--runner", default="", help="command put before each test program (an emulator)")
     args = parser.parse_args()
-    for program in build_tests(args.build_dir.resolve(), args.sanitizer, args.cxx, args.machine):
-        print(f"== {program.name}", flush=True)
-        subprocess.run([*shlex.split(args.runner), str(program)], check=True)
+    build_dir = args.build_dir or CSRC.parent / "build" / f"native-{args.machine or args.sanitizer or 'plain'}"
+    runner = shlex.split(args.runner)
+    if args.sanitizer == "thread" and not runner and shutil.which("setarch"):
+        # GCC 12's TSan does not know the address layout of kernels with 32 random bits.
+        runner = ["setarch", "-R"]
+    programs = build_tests(build_dir.resolve(), args.sanitizer, args.cxx, args.machine)
+    unknown = set(args.names) - {p.name for p in programs}
+    if unknown or not programs:
+        raise BuildError(f"no native test {', '.join(sorted(unknown))}; there are: {' '.join(p.name for p in programs)}")
+    failed = run_tests([p for p in programs if not args.names or p.name in args.names], runner)
+    if failed:
+        raise BuildError(f"native tests that failed: {' '.join(failed)}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except BuildError as error:
+        sys.exit(f"error: {error}")

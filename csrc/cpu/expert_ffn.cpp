@@ -283,6 +283,31 @@ struct Call {
     }
   }
 
+  // Exact experts of a 16-bit model round where transformers' own experts do (after each product, bias
+  // included, and after the activation), so that greedy decoding seldom meets a different near tie.
+  bool rounds(const FfnTask& task) const {
+    return task.expert->level == Level::exact && x_dtype != DType::fp32;
+  }
+  void round(float* values, int64_t n) const {
+    uint16_t narrow[kGroupCols];
+    for (int64_t i = 0; i < n; i += kGroupCols) {
+      const int64_t m = std::min(n - i, kGroupCols);
+      kernels.store(values + i, m, narrow, x_dtype);
+      kernels.load(narrow, x_dtype, m, values + i);
+    }
+  }
+  void activate(const FfnTask& task, const float* gate, const float* up, int64_t n,
+                float* out) const {
+    if (!gate || !rounds(task) || spec.activation == Activation::swigluoai) {
+      kernels.activate(spec, gate, up, n, out);
+    } else {
+      kernels.activate(spec, nullptr, gate, n, out);
+      round(out, n);
+      for (int64_t i = 0; i < n; ++i) out[i] *= up[i];
+    }
+    if (rounds(task)) round(out, n);
+  }
+
   // Phase 1: 128 rows of gate and up (a whole group of the intermediate, so that it can be
   // quantised here) for all rows of the task.
   MatrixWalk gate_up_walk(const Item& item) const {
@@ -319,11 +344,13 @@ struct Call {
         run(up, then, num_tiles, layout, begin, end, buffer[0], kGroupCols, row_of);
       }
       if (g.biased) add_bias(g.gated ? 1 : 0, end - begin, buffer[0]);
+      if (rounds(task))
+        for (int m = 0; m < (g.gated ? 2 : 1); ++m) round(buffer[m], (end - begin) * kGroupCols);
       for (int i = 0; i < end - begin; ++i) {
         alignas(64) float a_group[kGroupCols];
         const int64_t at = i * kGroupCols;
-        kernels.activate(spec, g.gated ? buffer[1] + at : nullptr, buffer[0] + at,
-                         num_tiles * kBlockRows, a_group);
+        activate(task, g.gated ? buffer[1] + at : nullptr, buffer[0] + at, num_tiles * kBlockRows,
+                 a_group);
         std::fill(a_group + valid, a_group + kGroupCols, 0.0f);
         kernels.prepare_group(a_group, a_lay, group,
                               a_rows[item.task] + (begin + i) * a_lay.bytes());
@@ -358,6 +385,7 @@ struct Call {
       for (int i = begin; i < end; ++i) {
         float* out = pair_out + task.pair[i] * g.hidden + first * kBlockRows;
         for (int64_t r = 0; r < valid; ++r) out[r] = buffer[(i - begin) * stride + r] + bias[r];
+        if (rounds(task)) round(out, valid);
       }
     }
   }
@@ -496,13 +524,14 @@ void expert_ffn(const FfnSpec& spec, const FfnTask* tasks, int num_tasks, const 
 }
 
 void combine_pairs(const float* pair_out, const float* weights, const int64_t* expert_idx,
-                   int64_t num_experts, int64_t T, int64_t K, int64_t H, void* out,
-                   DType out_dtype) {
+                   int64_t num_experts, int64_t T, int64_t K, int64_t H, void* out, DType out_dtype,
+                   bool round_products) {
   const Kernels& kernels = *current_kernels().load();
   const int64_t row_bytes = H * dtype_bytes(out_dtype);
   parallel_for(T, 16, [&](int64_t begin, int64_t end, int) {
     constexpr int64_t kPiece = 512;
-    alignas(64) float sum[kPiece];
+    alignas(64) float sum[kPiece], product[kPiece];
+    uint16_t narrow[kPiece];
     for (int64_t t = begin; t < end; ++t)
       for (int64_t h = 0; h < H; h += kPiece) {
         const int64_t n = std::min(kPiece, H - h);
@@ -512,7 +541,14 @@ void combine_pairs(const float* pair_out, const float* weights, const int64_t* e
           if (e < 0 || e >= num_experts) continue;
           const float weight = weights[t * K + k];
           const float* row = pair_out + (t * K + k) * H + h;
-          for (int64_t i = 0; i < n; ++i) sum[i] += weight * row[i];
+          if (round_products) {
+            for (int64_t i = 0; i < n; ++i) product[i] = weight * row[i];
+            kernels.store(product, n, narrow, out_dtype);
+            kernels.load(narrow, out_dtype, n, product);
+            for (int64_t i = 0; i < n; ++i) sum[i] += product[i];
+          } else {
+            for (int64_t i = 0; i < n; ++i) sum[i] += weight * row[i];
+          }
         }
         kernels.store(sum, n,
                       static_cast<uint8_t*>(out) + t * row_bytes + h * dtype_bytes(out_dtype),

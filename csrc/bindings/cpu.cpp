@@ -1,81 +1,18 @@
-// The one place where Python meets the native code. Sections: ladder codec, engine, CPU kernels, device.
-#include <pybind11/numpy.h>
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
-#include <map>
+// CPU kernels and their threads.
 #include <string>
 #include <utility>
 #include <vector>
 
-#include "cpu/expert_ffn.h"
-#include "cpu/parallel.h"
-#include "cpu/stream.h"
+#include "../cpu/expert_ffn.h"
+#include "../cpu/parallel.h"
+#include "../cpu/stream.h"
 
-namespace py = pybind11;
+#include "bindings.h"
+#include "paged_expert.h"
 
-// ---- ladder codec ---------------------------------------------------------------------------------------------
-static void bind_codec(py::module_& m) {}
+namespace comoe {
 
-// ---- engine ---------------------------------------------------------------------------------------------------
-static void bind_engine(py::module_& m) {}
-
-// ---- CPU kernels ----------------------------------------------------------------------------------------------
 namespace {
-
-template <class T>
-using Array = py::array_t<T, py::array::c_style>;
-
-// An expert whose records lie in numpy arrays, page by page in any order. Tests, benchmarks and the
-// unpack operators use it; the engine builds ExpertView from its own pages.
-struct PagedExpert {
-  comoe::ExpertGeometry geometry;
-  comoe::ExpertView view;
-  std::vector<std::vector<const uint8_t*>> pages;
-  std::vector<py::object> owners;
-
-  PagedExpert(int64_t hidden, int64_t intermediate, bool gated, bool biased, int exact_dtype, int level,
-              const std::map<int, std::pair<Array<uint8_t>, Array<int64_t>>>& records, int64_t page_bytes) {
-    auto fail = [](const std::string& text) { throw std::invalid_argument("PagedExpert: " + text); };
-    if (hidden < 1 || intermediate < 1) fail("hidden and intermediate must be at least 1");
-    if (exact_dtype < 0 || exact_dtype > 2) fail("exact_dtype must be 0 (fp32), 1 (bf16) or 2 (fp16)");
-    if (level < 0 || level > 4) fail("level must be 0..4, got " + std::to_string(level));
-    if (page_bytes < 4096 || page_bytes % 4096)
-      fail("page_bytes must be a multiple of 4096, got " + std::to_string(page_bytes));
-    geometry.hidden = hidden;
-    geometry.intermediate = intermediate;
-    geometry.gated = gated;
-    geometry.biased = biased;
-    geometry.exact_dtype = static_cast<comoe::DType>(exact_dtype);
-    view.level = static_cast<comoe::Level>(level);
-    pages.resize(comoe::kNumRecords);
-    for (int r = 0; r < comoe::kNumRecords; ++r) {
-      const bool needed = level == 4 ? r == 4 : r <= level;
-      if (!needed) continue;
-      const auto found = records.find(r);
-      if (found == records.end())
-        fail("level " + std::to_string(level) + " needs record " + std::to_string(r));
-      const auto& [arena, offsets] = found->second;
-      const int64_t expected = comoe::ceil_div(geometry.record_bytes(r), page_bytes);
-      if (offsets.ndim() != 1 || offsets.size() != expected)
-        fail("record " + std::to_string(r) + " needs " + std::to_string(expected) + " pages, got " +
-             std::to_string(offsets.size()));
-      for (int64_t i = 0; i < expected; ++i) {
-        const int64_t offset = offsets.data()[i];
-        // The last page may end with the record.
-        const int64_t last = geometry.record_bytes(r) - (expected - 1) * page_bytes;
-        if (offset < 0 || offset + (i + 1 < expected ? page_bytes : last) > arena.size())
-          fail("record " + std::to_string(r) + ": page " + std::to_string(i) + " lies outside its array");
-        const uint8_t* page = arena.data() + offset;
-        if (reinterpret_cast<uintptr_t>(page) % 64)
-          fail("record " + std::to_string(r) + ": page " + std::to_string(i) + " is not aligned to 64 bytes");
-        pages[r].push_back(page);
-      }
-      view.records[r] = {pages[r].data(), page_bytes};
-      owners.push_back(arena);
-    }
-  }
-};
 
 void check_dtype(const char* op, int dtype) {
   if (dtype < 0 || dtype > 2)
@@ -93,12 +30,12 @@ void bind_expert_ffn(const std::vector<const PagedExpert*>& experts, const std::
   if (tokens.size() != experts.size() || pairs.size() != experts.size())
     fail("expected one array of tokens and of pairs per expert (" + std::to_string(experts.size()) + "), got " +
          std::to_string(tokens.size()) + " and " + std::to_string(pairs.size()));
-  comoe::FfnSpec spec{experts[0]->geometry, static_cast<comoe::Activation>(activation), alpha, limit};
+  FfnSpec spec{experts[0]->geometry, static_cast<Activation>(activation), alpha, limit};
   if (x_stride < spec.geometry.hidden && num_tokens > 1)
     fail("x: row stride " + std::to_string(x_stride) + " is less than H");
-  std::vector<comoe::FfnTask> tasks;
+  std::vector<FfnTask> tasks;
   for (size_t t = 0; t < experts.size(); ++t) {
-    const comoe::ExpertGeometry &a = experts[t]->geometry, &b = spec.geometry;
+    const ExpertGeometry &a = experts[t]->geometry, &b = spec.geometry;
     if (a.hidden != b.hidden || a.intermediate != b.intermediate || a.gated != b.gated ||
         a.biased != b.biased || a.exact_dtype != b.exact_dtype)
       fail("expert " + std::to_string(t) + " has another geometry than expert 0");
@@ -117,14 +54,14 @@ void bind_expert_ffn(const std::vector<const PagedExpert*>& experts, const std::
         {&experts[t]->view, tokens[t].data(), pairs[t].data(), static_cast<int32_t>(tokens[t].size())});
   }
   py::gil_scoped_release release;
-  comoe::expert_ffn(spec, tasks.data(), static_cast<int>(tasks.size()), reinterpret_cast<const void*>(x),
-                    static_cast<comoe::DType>(x_dtype), x_stride, reinterpret_cast<float*>(out));
+  expert_ffn(spec, tasks.data(), static_cast<int>(tasks.size()), reinterpret_cast<const void*>(x),
+                    static_cast<DType>(x_dtype), x_stride, reinterpret_cast<float*>(out));
 }
 
 }  // namespace
 
 // Tensors come as addresses: torch's bf16 has no numpy type. The wrappers in comoe_kernels check them.
-static void bind_cpu(py::module_& m) {
+void bind_cpu(py::module_& m) {
   py::class_<PagedExpert>(m, "PagedExpert")
       .def(py::init<int64_t, int64_t, bool, bool, int, int,
                     const std::map<int, std::pair<Array<uint8_t>, Array<int64_t>>>&, int64_t>(),
@@ -147,9 +84,9 @@ static void bind_cpu(py::module_& m) {
          int64_t H, uintptr_t out, int out_dtype) {
         check_dtype("combine_pairs", out_dtype);
         py::gil_scoped_release release;
-        comoe::combine_pairs(reinterpret_cast<const float*>(pair_out), reinterpret_cast<const float*>(weights),
+        combine_pairs(reinterpret_cast<const float*>(pair_out), reinterpret_cast<const float*>(weights),
                              reinterpret_cast<const int64_t*>(expert_idx), num_experts, T, K, H,
-                             reinterpret_cast<void*>(out), static_cast<comoe::DType>(out_dtype));
+                             reinterpret_cast<void*>(out), static_cast<DType>(out_dtype));
       },
       py::arg("pair_out"), py::arg("weights"), py::arg("expert_idx"), py::arg("num_experts"), py::arg("T"),
       py::arg("K"), py::arg("H"), py::arg("out"), py::arg("out_dtype"));
@@ -163,8 +100,8 @@ static void bind_cpu(py::module_& m) {
           throw std::invalid_argument("unpack_matrix: out: row stride " + std::to_string(ld) +
                                       " is less than the number of columns");
         py::gil_scoped_release release;
-        comoe::unpack_matrix(expert.geometry, expert.view, matrix, reinterpret_cast<void*>(out),
-                             static_cast<comoe::DType>(out_dtype), ld);
+        unpack_matrix(expert.geometry, expert.view, matrix, reinterpret_cast<void*>(out),
+                             static_cast<DType>(out_dtype), ld);
       },
       py::arg("expert"), py::arg("matrix"), py::arg("out"), py::arg("out_dtype"), py::arg("ld"));
   m.def(
@@ -172,34 +109,25 @@ static void bind_cpu(py::module_& m) {
       [](const PagedExpert& expert, int matrix, uintptr_t out) {
         if (matrix < 0 || matrix >= expert.geometry.num_matrices() || !expert.geometry.biased)
           throw std::invalid_argument("unpack_bias: the expert has no bias " + std::to_string(matrix));
-        comoe::unpack_bias(expert.geometry, expert.view, matrix, reinterpret_cast<float*>(out));
+        unpack_bias(expert.geometry, expert.view, matrix, reinterpret_cast<float*>(out));
       },
       py::arg("expert"), py::arg("matrix"), py::arg("out"));
-  m.def("isa_name", &comoe::isa_name);
-  m.def("isa_names", &comoe::isa_names);
-  m.def("force_isa", &comoe::force_isa, py::arg("name"));
+  m.def("isa_name", &isa_name);
+  m.def("isa_names", &isa_names);
+  m.def("force_isa", &force_isa, py::arg("name"));
   m.def(
       "stream_read",
       [](const Array<uint8_t>& data) {
         const py::gil_scoped_release release;
-        return comoe::stream_read(data.data(), data.size() / 64 * 64);
+        return stream_read(data.data(), data.size() / 64 * 64);
       },
       py::arg("data"));
   m.def(
-      "set_num_threads", [](int n) { comoe::Parallel::instance().set_num_threads(n); }, py::arg("num_threads"));
-  m.def("num_threads", [] { return comoe::Parallel::instance().num_threads(); });
+      "set_num_threads", [](int n) { Parallel::instance().set_num_threads(n); }, py::arg("num_threads"));
+  m.def("num_threads", [] { return Parallel::instance().num_threads(); });
   m.def(
-      "use_gomp", [](uintptr_t f) { comoe::Parallel::instance().use_gomp(reinterpret_cast<void*>(f)); },
+      "use_gomp", [](uintptr_t f) { Parallel::instance().use_gomp(reinterpret_cast<void*>(f)); },
       py::arg("gomp_parallel"));
 }
 
-// ---- device (CUDA, when built with it) ------------------------------------------------------------------------
-static void bind_device(py::module_& m) {}
-
-PYBIND11_MODULE(_C, m) {
-  m.doc() = "Native half of comoe.";
-  bind_codec(m);
-  bind_engine(m);
-  bind_cpu(m);
-  bind_device(m);
-}
+}  // namespace comoe

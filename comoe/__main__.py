@@ -1,0 +1,5 @@
+"""python -m comoe: the same as the `comoe` command."""
+
+from comoe.cli import run
+
+run()

@@ -1,0 +1,361 @@
+"""The commands themselves. Heavy imports are inside: `comoe --help` must not load torch."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from comoe.cli import tables
+from comoe.cli.common import bytes_bar, count_bar, output, quiet_transformers
+from comoe.config import CoMoEConfig, parse_bytes
+
+Json = Annotated[
+    bool, typer.Option("--json", help="Print the result as JSON, and nothing else, to stdout.")
+]
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="DST", help="A packed folder (comoe pack), an unpacked one, or a hub id."
+    ),
+]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        "--memory",
+        "-m",
+        help="Budget such as 1.2GB or 900MiB, beside the interpreter's baseline. Default: what is free now.",
+    ),
+]
+Exact = Annotated[bool, typer.Option("--exact", help="Use only the original weights, bit for bit.")]
+Threads = Annotated[
+    int, typer.Option("--threads", help="Threads for computing; 0: as many as torch takes.")
+]
+NoVerify = Annotated[
+    bool,
+    typer.Option(
+        "--no-verify", help="Do not check the store's checksums while reading (trusted files)."
+    ),
+]
+
+
+def add_to(app: typer.Typer) -> None:
+    app.callback()(callback)
+    for command in (demo, pack, run, evaluate, inspect, trace, doctor):
+        app.command("eval" if command is evaluate else command.__name__)(command)
+
+
+def show_version(wanted: bool) -> None:
+    if wanted:
+        from comoe import __version__
+
+        print(__version__)
+        raise typer.Exit()
+
+
+def callback(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=show_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    # --debug is looked at where errors are caught: it must hold before a command is found.
+    pass
+
+
+def load(
+    path: str, memory: str | None, exact: bool, threads: int = 0, verify: bool = True
+) -> tuple[Any, Any]:
+    """The model and its tokenizer; says in one line (stderr) what was decided."""
+    quiet_transformers()
+    # Checked before torch is loaded: a misspelt size should not take seconds to be refused.
+    budget = None if memory is None else parse_bytes(memory, "--memory")
+    CoMoEConfig.create(threads=threads)
+    import comoe
+    from comoe.baseline import warm_up
+
+    if threads:
+        import torch
+
+        torch.set_num_threads(threads)
+    warm_up()
+    tokenizer = comoe.load_tokenizer(path)
+    model = comoe.load(path, memory=budget, exact=exact, threads=threads, verify=verify)
+    print(f"comoe: {model.comoe.describe()}", file=sys.stderr)
+    return model, tokenizer
+
+
+def demo(
+    out: Annotated[
+        Path, typer.Option("--out", help="Folder for the packed model and the plot.")
+    ] = Path("demo-out"),
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Text to continue.")] = None,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", help="Tokens to generate per budget.")
+    ] = 64,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Two budgets and little text: for tests.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Run the bundled model in less and less memory, next to plain transformers.
+
+    Packs it, and for a falling series of budgets, each in a process of its own, generates text and
+    measures peak memory, tokens per second and perplexity on text that the model has never seen.
+
+    Example:  comoe demo --out demo-out
+    """
+    from comoe import demo as demonstration
+
+    with output(as_json) as emit:
+        rows = demonstration.run(
+            out,
+            prompt=demonstration.PROMPT if prompt is None else prompt,
+            max_tokens=max_tokens,
+            quick=quick,
+            say=lambda text: print(text, file=sys.stderr),
+        )
+        if as_json:
+            emit(rows)
+        else:
+            tables.show_demo(rows)
+            print(f"plot: {demonstration.plot(rows, out / 'demo.png')}")
+
+
+def pack(
+    source: Annotated[str, typer.Argument(metavar="SRC", help="A Hugging Face checkpoint folder.")],
+    destination: Annotated[Path, typer.Argument(metavar="DST", help="The packed folder to make.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is at DST.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Pack a checkpoint into a store that serves every memory budget.
+
+    An interrupted pack is taken up where it stopped by the same command.
+
+    Example:  comoe pack ./Qwen3-30B-A3B ./qwen3-packed
+    """
+    import time
+
+    import comoe
+    from comoe.store import inspect as inspect_store
+
+    with output(as_json) as emit:
+        quiet_transformers()
+        begin = time.perf_counter()
+        with bytes_bar(f"packing {Path(source).name}") as update:
+            comoe.pack(source, destination, progress=update, overwrite=overwrite)
+        summary = inspect_store(destination)
+        summary["seconds"] = time.perf_counter() - begin
+        if as_json:
+            emit(summary)
+        else:
+            tables.show_store(destination, summary)
+
+
+def run(
+    path: Model,
+    prompt: Annotated[
+        str, typer.Option("--prompt", "-p", help="Text to continue; - reads standard input.")
+    ],
+    memory: Memory = None,
+    exact: Exact = False,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", help="Most new tokens.")] = 128,
+    temperature: Annotated[
+        float, typer.Option("--temperature", help="0: the likeliest token each time.")
+    ] = 0.0,
+    seed: Annotated[int | None, typer.Option("--seed", help="Of the sampling.")] = None,
+    threads: Threads = 0,
+    no_verify: NoVerify = False,
+    as_json: Json = False,
+) -> None:
+    """Continue a text, keeping within a memory budget.
+
+    Example:  comoe run ./qwen3-packed -p "The ladder has" --memory 4.7GB
+    """
+    text = sys.stdin.read() if prompt == "-" else prompt
+    with output(as_json) as emit:
+        model, tokenizer = load(path, memory, exact, threads, not no_verify)
+        from comoe.generate import generate_text
+
+        def show(piece: str) -> None:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+
+        if not as_json:
+            show(text)
+        figures = generate_text(
+            model,
+            tokenizer,
+            text,
+            max_tokens=max_tokens,
+            temperature=temperature,
+            seed=seed,
+            on_text=None if as_json else show,
+        )
+        stats = model.comoe.stats()
+        names = (
+            "memory",
+            "peak",
+            "baseline",
+            "bytes_read",
+            "hits",
+            "misses",
+            "bits_per_weight",
+            "plan",
+        )
+        figures |= {name: stats[name] for name in names}
+        model.comoe.close()
+        if as_json:
+            emit(figures)
+        else:
+            print("\n" + tables.run_line(figures))
+
+
+def evaluate(
+    path: Model,
+    text: Annotated[Path, typer.Option("--text", "-t", help="A text file (UTF-8).")],
+    memory: Memory = None,
+    exact: Exact = False,
+    max_tokens: Annotated[
+        int | None, typer.Option("--max-tokens", help="Use only the text's first tokens.")
+    ] = None,
+    window: Annotated[int, typer.Option("--window", help="Tokens per window.")] = 512,
+    reference: Annotated[
+        bool,
+        typer.Option(
+            "--reference/--no-reference", help="Compare with the exact model (KL, agreement)."
+        ),
+    ] = True,
+    threads: Threads = 0,
+    as_json: Json = False,
+) -> None:
+    """Measure what a budget costs: perplexity, bits per byte, KL and top-1 agreement against exact.
+
+    Example:  comoe eval ./qwen3-packed --text book.txt --memory 4.7GB
+    """
+    from comoe.evaluate import evaluate as measure
+
+    with output(as_json) as emit:
+        content = read_text(text)
+        quiet_transformers()
+        import comoe
+
+        tokenizer = comoe.load_tokenizer(path)
+
+        def load_for(use_exact: bool) -> Any:
+            # The reference may have what is free: its memory is not reported.
+            return load(path, memory if use_exact == exact else None, use_exact, threads)[0]
+
+        with count_bar("evaluating") as update:
+            result = measure(
+                load_for,
+                tokenizer,
+                content,
+                exact=exact,
+                window=window,
+                context=min(128, window // 4),
+                max_tokens=max_tokens,
+                reference=reference,
+                progress=update,
+            )
+        stats = result.pop("stats")
+        names = (
+            "expert_bytes",
+            "expert_bytes_exact",
+            "bits_per_weight",
+            "memory",
+            "peak",
+            "baseline",
+            "bytes_read",
+        )
+        result |= {name: stats[name] for name in names}
+        if as_json:
+            emit(result)
+        else:
+            tables.show_evaluation(result)
+
+
+def inspect(path: Annotated[Path, typer.Argument(metavar="DST")], as_json: Json = False) -> None:
+    """Show what is inside a packed folder, and the bytes of each rung.
+
+    Example:  comoe inspect ./qwen3-packed
+    """
+    from comoe.store import inspect as inspect_store
+
+    with output(as_json) as emit:
+        summary = inspect_store(path)
+        if as_json:
+            emit(summary)
+        else:
+            tables.show_store(path, summary)
+
+
+def trace(
+    path: Model,
+    text: Annotated[Path, typer.Option("--text", "-t", help="A text file (UTF-8) to read.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The trace to write (npz).")] = Path(
+        "trace.npz"
+    ),
+    memory: Memory = None,
+    exact: Exact = False,
+    max_tokens: Annotated[
+        int | None, typer.Option("--max-tokens", help="Use only the text's first tokens.")
+    ] = None,
+    window: Annotated[int, typer.Option("--window", help="Tokens per sequence.")] = 512,
+    as_json: Json = False,
+) -> None:
+    """Record which experts a model chooses for a text, for replay (format: docs/trace.md).
+
+    Example:  comoe trace ./qwen3-packed --text book.txt --out book.npz
+    """
+    from comoe.evaluate import encode
+    from comoe.trace import record_text, trace_of
+
+    with output(as_json) as emit:
+        content = read_text(text)
+        if not out.resolve().parent.is_dir():
+            raise FileNotFoundError(f"--out: the folder {out.resolve().parent} does not exist")
+        model, tokenizer = load(path, memory, exact)
+        ids, _ = encode(tokenizer, content, max_tokens)
+        with count_bar("tracing") as update:
+            recorder = record_text(model, ids, window, progress=update)
+        recorded = trace_of(model, recorder, Path(path).name)
+        model.comoe.close()
+        recorded.write(out)
+        summary = {"file": str(out), **recorded.summary()}
+        if as_json:
+            emit(summary)
+        else:
+            tables.show_trace(summary)
+
+
+def doctor(
+    folder: Annotated[
+        Path, typer.Argument(help="Where your stores are: this disk is measured.")
+    ] = Path("."),
+    as_json: Json = False,
+) -> None:
+    """Show this machine's device, versions and measured bandwidths, and how to mend what is slow.
+
+    Example:  comoe doctor /data/models
+    """
+    from comoe.doctor import examine
+
+    with output(as_json) as emit:
+        report = examine(folder)
+        if as_json:
+            emit(report)
+        else:
+            tables.show_doctor(report)
+
+
+def read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"--text: {path} is not UTF-8 text (byte {error.start}); convert it first"
+        ) from error

@@ -1,0 +1,111 @@
+"""Settings of a loaded model, and the one place where sizes such as "4.7GB" are read and written."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+_UNITS = {"": 1, "b": 1}
+for _power, _prefix in enumerate("kmgt", 1):
+    for _end in ("", "b"):
+        _UNITS[_prefix + _end] = 1000**_power
+        _UNITS[_prefix + "i" + _end] = 1024**_power
+_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([a-z]*)\s*", re.ASCII | re.IGNORECASE)
+
+
+def parse_bytes(size: str | int | float, name: str = "memory") -> int:
+    """Bytes in "4.7GB" (10^9), "3GiB" (2^30), "512 MB", "123" or 123. `name` is the argument that errors speak of."""
+    expected = f"{name}: expected a size such as '4.7GB', '3GiB', '512MB' or a number of bytes"
+    if isinstance(size, bool) or not isinstance(size, (str, int, float)):
+        raise TypeError(f"{expected}; got {size!r} of type {type(size).__name__}")
+    if isinstance(size, str):
+        match = _SIZE.fullmatch(size)
+        if match is None:
+            raise ValueError(f"{expected}; got {size!r}")
+        number, unit = match.groups()
+        if unit.lower() not in _UNITS:
+            raise ValueError(
+                f"{expected}; got the unit {unit!r} in {size!r}, known are KB, MB, GB, TB, KiB, MiB, GiB, TiB"
+            )
+        # Whole numbers stay whole: a double would round the last digits of a large one.
+        value = (float(number) if "." in number else int(number)) * _UNITS[unit.lower()]
+    else:
+        value = size
+    if not math.isfinite(value) or value < 1 or value >= 2**63:
+        raise ValueError(f"{expected} of at least 1 byte and less than 2^63; got {size!r}")
+    return round(value)
+
+
+def format_bytes(num_bytes: int | float) -> str:
+    """A size for people, in decimal units and three digits: 4700000000 -> "4.70 GB"."""
+    value = float(num_bytes)
+    unit = "B"
+    for unit in ("B", "KB", "MB", "GB", "TB"):
+        if abs(value) < 999.5 or unit == "TB":
+            break
+        value /= 1000
+    if unit == "B":
+        return f"{value:.0f} B"
+    digits = 2 if abs(value) < 9.995 else 1 if abs(value) < 99.95 else 0
+    return f"{value:.{digits}f} {unit}"
+
+
+@dataclass(frozen=True)
+class CoMoEConfig:
+    """What a user may choose when a model is loaded. Everything else is decided from the store and the device.
+
+    memory       bytes for dense weights + KV cache + experts + staging + workspace, beside the interpreter's own
+                 baseline ("4.7GB" is read too); None: all experts, as far as the machine has room.
+    exact        use only the original weights, bit for bit; missing ones are waited for.
+    device       where the model computes: "cpu" now.
+    threads      threads of the expert kernels; 0: as many as torch uses.
+    max_context  tokens that the KV cache is accounted for; 0: taken as it grows.
+    io_threads   reads in flight.
+    direct_io    read past the page cache (O_DIRECT) where the file system can.
+    verify       check the checksum of every increment when it is read.
+    upgrade      read finer rungs in the background while coarser ones are in use.
+    """
+
+    memory: int | None = None
+    exact: bool = False
+    device: str = "cpu"
+    threads: int = 0
+    max_context: int = 0
+    io_threads: int = 4
+    direct_io: bool = True
+    verify: bool = True
+    upgrade: bool = True
+
+    def __post_init__(self) -> None:
+        if self.memory is not None:
+            object.__setattr__(self, "memory", parse_bytes(self.memory))
+        if not isinstance(self.device, str) or not self.device:
+            raise TypeError(f"device: expected a name such as 'cpu', got {self.device!r}")
+        for name, least in (("threads", 0), ("max_context", 0), ("io_threads", 1)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(
+                    f"{name}: expected a whole number, got {value!r} of type {type(value).__name__}"
+                )
+            if not least <= value < 2**31:
+                raise ValueError(
+                    f"{name}: expected at least {least} and less than 2^31, got {value}"
+                )
+        for name in ("exact", "direct_io", "verify", "upgrade"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name}: expected True or False, got {getattr(self, name)!r}")
+
+    @classmethod
+    def create(cls, **options: Any) -> CoMoEConfig:
+        """From keyword arguments; an unknown one is an error that lists the known ones."""
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(set(options) - set(known))
+        if unknown:
+            raise TypeError(f"unknown option {', '.join(unknown)}; known are {', '.join(known)}")
+        return cls(**options)
+
+    def with_(self, **changes: Any) -> CoMoEConfig:
+        """A copy with some settings changed (checked again)."""
+        return replace(self, **changes)

@@ -1,0 +1,72 @@
+"""Loads a packed folder with transformers and puts a runtime under its experts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from comoe.config import CoMoEConfig
+from comoe.hf.attach import attach, detach
+from comoe.hf.blocks import MoEBlock
+from comoe.hf.checkpoint import model_class, read_config
+from comoe.hf.routers import NextGate
+from comoe.hf.sizes import experts_per_token, model_sizes
+from comoe.runtime.runtime import Runtime
+from comoe.store import Store
+
+
+def load_packed(folder: Path, config: CoMoEConfig, dtype: str | torch.dtype = "auto") -> nn.Module:
+    """A packed folder as a model of transformers' own class, with `config` for this load."""
+    hf_config = read_config(folder)
+    hf_config.quantization_config["options"] = asdict(config)
+    return model_class(hf_config).from_pretrained(folder, config=hf_config, dtype=dtype)
+
+
+def start_runtime(
+    model: nn.Module,
+    blocks: list[MoEBlock],
+    store: Store,
+    config: CoMoEConfig,
+    baseline: int,
+    on_close: Callable[[], None] = lambda: None,
+) -> Runtime:
+    """Binds `blocks`, whose weights lie in `store`, to a new Runtime and hangs it on the model."""
+
+    def close() -> None:
+        detach(blocks)
+        on_close()
+
+    k = experts_per_token(model)
+    intermediate = max(block.spec.intermediate for block in blocks)
+    runtime = Runtime(
+        store,
+        [block.spec for block in blocks],
+        config,
+        model_sizes(model, k, intermediate),
+        experts_per_token=k,
+        baseline=baseline,
+        predictor=NextGate(model, blocks, k),
+        on_close=close,
+    )
+    attach(blocks, runtime)
+    model.comoe = runtime
+    model.register_forward_pre_hook(_begin_step, with_kwargs=True)
+    return runtime
+
+
+def _begin_step(model: nn.Module, args: tuple, kwargs: dict) -> None:
+    """Before every forward pass: how many tokens come, and how many positions want logits."""
+    names = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
+    inputs = [kwargs.get(name) for name in names] + list(args[:1])
+    shapes = [t.shape for t in inputs if isinstance(t, torch.Tensor) and t.dim() >= 2]
+    if not shapes:
+        return
+    batch = max(shape[0] for shape in shapes)
+    tokens = max(shape[1] for shape in shapes)
+    keep = kwargs.get("logits_to_keep", 0)
+    logits = keep if isinstance(keep, int) and 0 < keep < tokens else tokens
+    model.comoe.begin_step(batch, tokens, logits)

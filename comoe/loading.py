@@ -1,0 +1,120 @@
+"""comoe.load and comoe.offload: a model whose experts live within a budget."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from comoe.config import CoMoEConfig, parse_bytes
+
+
+def register() -> None:
+    """Teaches transformers the packed format; afterwards plain `from_pretrained(folder)` works.
+
+    May be called more than once.
+    """
+    from comoe.hf.quantizer import register as register_quantizer
+
+    register_quantizer()
+
+
+def load(path: str | os.PathLike, memory: str | int | None = None, *, exact: bool = False, **options: Any):
+    """A transformers model that keeps within `memory`, beside the interpreter's own baseline.
+
+    path: a folder made by `comoe pack`, an unpacked checkpoint folder, or a hub id; the last two are
+    packed into a cache on first use.
+    memory: bytes, or a size such as "4.7GB": dense weights, KV cache, experts and workspace. None: what
+    the machine has available now.
+    exact: use only the original weights, so that the tokens are those of plain transformers.
+    options: other fields of CoMoEConfig, and `dtype`, which from_pretrained gets.
+
+    Returns a model of transformers' own class; `model.comoe` is its Runtime (`set_memory`, `stats`,
+    `describe`, `close`). Raises BudgetError when the model cannot run in `memory`, StoreError when the
+    store is damaged, and UnsupportedModelError for a model that has no experts comoe knows.
+    """
+    dtype = options.pop("dtype", "auto")
+    config = CoMoEConfig.create(memory=memory, exact=exact, **options)
+    folder = packed_folder(path)
+    register()
+    from comoe.hf.load import load_packed
+
+    return load_packed(folder, config, dtype)
+
+
+def load_tokenizer(path: str | os.PathLike):
+    """The tokenizer of a packed or unpacked folder, or of a hub id."""
+    from transformers import AutoTokenizer
+
+    from comoe.packing import TOKENIZER_FILES
+
+    # transformers makes an empty tokenizer where it finds no file.
+    folder = Path(path)
+    if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise FileNotFoundError(
+            f"load_tokenizer: {folder} has no tokenizer ({', '.join(TOKENIZER_FILES)}); copy the original model's there"
+        )
+    return AutoTokenizer.from_pretrained(path)
+
+
+def offload(model, memory: str | int, *, exact: bool = False, folder: str | os.PathLike | None = None, **options: Any):
+    """Moves the experts of a model that is in memory into a store, and runs them from there.
+
+    The MoE layers are replaced in place, layer by layer, each layer's weights being freed once they
+    are written. folder: where the store goes; None: a temporary folder that `model.comoe.close()` and
+    the end of the process remove. Returns the same model; the rest is as for `load`.
+    """
+    config = CoMoEConfig.create(memory=parse_bytes(memory), exact=exact, **options)
+    from comoe.hf.offload import offload_model
+
+    return offload_model(model, config, None if folder is None else Path(folder))
+
+
+def packed_folder(path: str | os.PathLike) -> Path:
+    """The packed folder for `path`: itself, or one in the cache, which is packed first if need be."""
+    from comoe.packing import is_packed, pack
+
+    folder = Path(path)
+    if not folder.is_dir():
+        folder = _from_hub(str(path))
+    if is_packed(folder):
+        return folder
+    packed = cache_root() / "packed" / f"{folder.resolve().name}-{_fingerprint(folder)}"
+    if not is_packed(packed):
+        print(f"comoe: packing {folder} into {packed} (once)", file=sys.stderr)
+        packed.parent.mkdir(parents=True, exist_ok=True)
+        pack(folder, packed, progress=_print_progress)
+    return packed
+
+
+def cache_root() -> Path:
+    """Where packed copies go: $XDG_CACHE_HOME/comoe, by default ~/.cache/comoe."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "comoe"
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    if name.count("/") > 1 or name.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"load: {name} is not a folder; give a model folder or a hub id")
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]))
+    except (HFValidationError, OSError) as error:
+        raise FileNotFoundError(
+            f"load: {name} is neither a folder here nor a model that could be fetched from the hub ({error})"
+        ) from error
+
+
+def _fingerprint(folder: Path) -> str:
+    """Names, sizes and times of a checkpoint's files: changes when the checkpoint does."""
+    files = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".json"))
+    stats = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in files]
+    return hashlib.sha256(repr((str(folder.resolve()), stats)).encode()).hexdigest()[:12]
+
+
+def _print_progress(done: int, total: int) -> None:
+    print(f"\rcomoe: packed {done / max(total, 1):6.1%}", end="\n" if done >= total else "", file=sys.stderr)

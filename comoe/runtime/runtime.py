@@ -1,0 +1,310 @@
+"""One model's experts at work: binds the store, the engine, the kernels and the policy together."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from comoe import _C, memory
+from comoe.config import CoMoEConfig, format_bytes, parse_bytes
+from comoe.policy.plan import EXACT, LEVEL_MASKS, EvenPlanner, Plan, Planner
+from comoe.policy.predictor import NoPredictor, Predictor, PrefetchGauge
+from comoe.policy.upgrades import RecentUse, UpgradePolicy
+from comoe.runtime.budget import Budget, ModelSizes
+from comoe.runtime.engine import Records, open_engine, pool_floor, slab_bytes, store_sizes
+from comoe.runtime.prefill import forward_unpacked
+from comoe.runtime.spec import ExpertsSpec
+from comoe.store import Store
+from comoe_kernels.expert_ffn import prefill_rows
+from comoe_kernels.threads import share_torch_threads
+
+PREFETCH, UPGRADE = 1, 2  # classes of transfers
+SCRATCH_BYTES = 1_000_000  # of the kernels; disk reads go straight into the pool's pages
+RECORD_BYTES = 400  # the engine's tables, per record
+UPGRADE_EVERY = 8  # steps between choices of experts that climb
+# Mean rows per expert up to which the decode kernels may run where they are the faster way; their outputs
+# take T * K * H floats of the budget.
+MAX_DECODE_ROWS = 32
+CALM_STEPS = 8  # steps without pressure before the pool takes back what it lent
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+class Runtime:
+    """The experts of one model: computes them, and keeps what they need within the budget.
+
+    `predictor`, `planner` and `upgrades` are the seams for better policies.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        specs: list[ExpertsSpec],
+        config: CoMoEConfig,
+        sizes: ModelSizes,
+        *,
+        experts_per_token: int,
+        baseline: int,
+        predictor: Predictor | None = None,
+        planner: Planner | None = None,
+        upgrades: UpgradePolicy | None = None,
+        on_close: Callable[[], None] | None = None,
+    ):
+        self.store, self.specs, self.config = store, specs, config
+        self.predictor = predictor or NoPredictor()
+        self.planner = planner or EvenPlanner()
+        self.upgrades = upgrades or RecentUse([spec.num_experts for spec in specs])
+        self.gauge = PrefetchGauge()
+        self._on_close = on_close
+        self._lock = threading.RLock()  # one step, or one change of budget, at a time
+        self._closed = False
+        self._calm = 0
+        self._step = 0
+        share_torch_threads()
+        if config.threads:
+            _C.set_num_threads(config.threads)
+
+        self.store_sizes = store_sizes(store, experts_per_token)
+        floor = pool_floor(self.store_sizes, EXACT if config.exact else 0, store.page_bytes)
+        total = memory.available() if config.memory is None else config.memory
+        fixed = SCRATCH_BYTES + RECORD_BYTES * sum(layer.records.size for layer in store.layers)
+        self.budget = Budget(total, baseline, sizes, floor, fixed)
+        planned = self.budget.planned_pool(config.max_context)
+        self._slab_bytes = slab_bytes(planned, floor, store.page_bytes)
+        self.plan = self._make_plan()
+        self.engine, first = open_engine(
+            store,
+            self.plan.pool_bytes,
+            self._slab_bytes,
+            io_threads=config.io_threads,
+            direct=config.direct_io,
+            verify=config.verify,
+        )
+        self.records = Records(store, first)
+        self._op = _C.MoeOp(self.engine)
+        for spec, layer, first_record in zip(specs, store.layers, first, strict=True):
+            self._op.add_layer(
+                layer.geometry,
+                spec.activation or "silu",
+                spec.alpha,
+                spec.limit,
+                first_record,
+                spec.num_experts,
+            )
+        self._used = [np.zeros(spec.num_experts, np.uint8) for spec in specs]
+        self._uses_at_level = np.zeros(len(LEVEL_MASKS), np.int64)
+        self._predicted: dict[int, np.ndarray] = {}
+        self._install(self.plan)
+
+    # ---- computing ------------------------------------------------------------------------------
+
+    def experts_forward(
+        self,
+        layer_idx: int,
+        hidden: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+    ) -> torch.Tensor:
+        """Weighted sum of the chosen experts.
+
+        hidden: [T, H] fp32, bf16 or fp16 on the CPU.  top_k_index: int64 [T, K]; an index outside
+        [0, E) counts as no expert.  top_k_weights: [T, K] float.  Returns [T, H] like `hidden`.
+        Raises RuntimeError once the runtime is closed, and OSError when an expert cannot be read.
+        """
+        if self._closed:
+            raise RuntimeError(
+                "experts_forward: this model's experts were closed; load the model again to use it"
+            )
+        spec = self.specs[layer_idx]
+        tokens, k = top_k_index.shape
+        if hidden.device.type != "cpu" or hidden.dtype not in DTYPES:
+            raise ValueError(
+                "experts_forward: expected hidden states in float32, bfloat16 or float16 on the CPU, "
+                f"got {hidden.dtype} on {hidden.device}; load the model with a supported dtype"
+            )
+        if hidden.stride(-1) != 1:
+            hidden = hidden.contiguous()
+        index = top_k_index.to(torch.int64).contiguous()
+        weights = top_k_weights.to(torch.float32).contiguous()
+        ahead = self._predict(layer_idx, hidden)
+        used = np.zeros(spec.num_experts, np.uint8)
+        rows_per_expert = tokens * k / min(spec.num_experts, max(tokens * k, 1))
+        many = min(prefill_rows(self.plan.want_level), MAX_DECODE_ROWS)
+        if spec.runs_in_torch or rows_per_expert >= many:
+            out = forward_unpacked(
+                self._op, layer_idx, spec, hidden, index, top_k_weights, used, ahead
+            )
+        else:
+            out = torch.empty((tokens, spec.hidden), dtype=hidden.dtype)
+            self._op.forward(
+                layer_idx,
+                hidden.data_ptr(),
+                DTYPES[hidden.dtype],
+                hidden.stride(0),
+                index.data_ptr(),
+                weights.data_ptr(),
+                tokens,
+                k,
+                out.data_ptr(),
+                hidden.dtype != torch.float32 and top_k_weights.dtype == hidden.dtype,
+                used,
+                ahead,
+            )
+        self._note_used(layer_idx, used)
+        return out
+
+    def levels(self, layer_idx: int) -> tuple[int, int]:
+        """(least level to compute at, level wanted) of a layer's experts, as planned."""
+        return self.plan.min_level, self.plan.want_level
+
+    def _predict(self, layer_idx: int, hidden: torch.Tensor) -> np.ndarray:
+        """Records to read ahead while this layer computes: int32, most wanted first."""
+        if self.plan.resident or not self.gauge.useful:
+            return np.empty(0, np.int32)
+        ahead = []
+        for later, experts in self.predictor.predict(layer_idx, hidden):
+            self._predicted[later] = experts
+            ahead.append(self.records.of(later, experts, LEVEL_MASKS[self.plan.min_level]))
+        return np.concatenate(ahead) if ahead else np.empty(0, np.int32)
+
+    def _note_used(self, layer_idx: int, used: np.ndarray) -> None:
+        np.maximum(self._used[layer_idx], used, out=self._used[layer_idx])
+        experts = np.flatnonzero(used)
+        self._uses_at_level += np.bincount(used[experts] - 1, minlength=len(LEVEL_MASKS))
+        predicted = self._predicted.pop(layer_idx, None)
+        if predicted is not None:
+            self.gauge.note(predicted, experts)
+
+    # ---- budget ---------------------------------------------------------------------------------
+
+    def begin_step(self, batch: int, tokens: int, logits: int) -> None:
+        """Called before every forward pass over [batch, tokens] that ends in `logits` positions of
+        logits: keeps the promise of memory, and lets experts used last climb."""
+        if self._closed:
+            return
+        with self._lock:
+            self._govern(self.budget.sizes.workspace(batch, tokens, logits))
+            self._step += 1
+            self.upgrades.note(self._used)
+            if self.config.upgrade and self._step % UPGRADE_EVERY == 0:
+                self._upgrade()
+            for used in self._used:
+                used[:] = 0
+
+    def set_memory(self, size: str | int) -> str:
+        """Changes the budget of a running model; returns the new plan in one line.
+
+        Raises BudgetError (and changes nothing) when the model cannot run in `size`.
+        """
+        with self._lock:
+            before = self.budget.memory
+            self.budget.memory = parse_bytes(size)
+            try:
+                plan = self._make_plan()
+            except ValueError:
+                self.budget.memory = before
+                raise
+            self._install(plan)
+            return self.describe()
+
+    def _make_plan(self, pool_bytes: int | None = None) -> Plan:
+        """What the pool can hold; `pool_bytes`: less than planned, because others need memory."""
+        if pool_bytes is None:
+            pool_bytes = self.budget.planned_pool(self.config.max_context)
+        # More than all experts in full, and room to move, is never of use.
+        most = self.store_sizes.total(EXACT) + self.budget.pool_floor + self._slab_bytes
+        slabs = min(pool_bytes, most) // self._slab_bytes
+        return self.planner.plan(
+            self.store_sizes, slabs * self._slab_bytes, exact=self.config.exact
+        )
+
+    def _govern(self, coming: int) -> None:
+        """Lends pool memory to the rest of the process, and takes it back once it is calm."""
+        planned = self._make_plan().pool_bytes
+        stats = self.engine.stats()
+        allowed = self.budget.allowed_pool(memory.rss(), stats["resident_bytes"], coming)
+        target = max(min(planned, allowed), self.engine.minimum_budget(self.plan.min_level))
+        if target < self.plan.pool_bytes:
+            self._calm = 0
+            self._install(self._make_plan(target))
+        elif target > self.plan.pool_bytes:
+            self._calm += 1
+            if self._calm >= CALM_STEPS:
+                self._calm = 0
+                self._install(self._make_plan(target))
+
+    def _install(self, plan: Plan) -> None:
+        """Makes `plan` true: levels at once, then memory given back or taken, then what to load."""
+        self.plan = plan
+        for layer_idx in range(len(self.specs)):
+            self._op.set_levels(layer_idx, plan.min_level, plan.want_level)
+        kept = LEVEL_MASKS[plan.min_level] | (LEVEL_MASKS[plan.want_level] if plan.resident else 0)
+        for kind in (PREFETCH, UPGRADE):
+            self.engine.cancel(kind)
+        self.engine.evict(self.records.all(0b11111 & ~kept))
+        base, everything = self.records.all(LEVEL_MASKS[plan.min_level]), self.records.all()
+        self.engine.set_value(everything, np.zeros(everything.size, np.float32))
+        self.engine.set_value(base, np.ones(base.size, np.float32))
+        self.engine.set_budget(plan.pool_bytes)
+        self.engine.request(base, UPGRADE)
+
+    def _upgrade(self) -> None:
+        """Values the planes above the plan's level by use, and asks for those of the best experts:
+        one is read only if it is worth more than what it pushes out."""
+        missing = LEVEL_MASKS[self.plan.want_level] & ~LEVEL_MASKS[self.plan.min_level]
+        if not missing or not self.plan.resident:
+            return
+        for layer_idx, experts, values in self.upgrades.choose():
+            ids = self.records.of(layer_idx, experts, missing)
+            per_expert = ids.size // experts.size
+            self.engine.set_value(ids, np.repeat(values, per_expert).astype(np.float32))
+            self.engine.request(ids, UPGRADE)
+
+    # ---- reporting ------------------------------------------------------------------------------
+
+    def describe(self) -> str:
+        """What was decided, in one line."""
+        stats = self.store_sizes
+        held = min(self.plan.pool_bytes, stats.total(self.plan.want_level))
+        return (
+            f"memory {format_bytes(self.budget.memory)}: dense {format_bytes(self.budget.sizes.dense)}, "
+            f"experts {format_bytes(held)} of {format_bytes(stats.total(EXACT))}; {self.plan.describe()}; "
+            f"store in {self.store.folder}"
+        )
+
+    def stats(self) -> dict:
+        """Figures so far; sizes in bytes, times in seconds."""
+        engine = self.engine.stats()
+        uses = max(int(self._uses_at_level.sum()), 1)
+        bits = self.records.bits_per_weight()
+        return {
+            "memory": self.budget.memory,
+            "baseline": self.budget.baseline,
+            "peak": memory.peak_rss(),
+            "dense_bytes": self.budget.sizes.dense,
+            "expert_bytes": int(self.records.payload_bytes(self.engine.resident() == 2)),
+            "expert_bytes_exact": self.records.exact_bytes(),
+            "bits_per_weight": float(self._uses_at_level @ bits / uses),
+            "bytes_read": {"disk": engine["bytes_read"]},
+            "hits": engine["hits"],
+            "misses": engine["misses"],
+            "prefetch": self.gauge.stats(),
+            "plan": self.plan.describe(),
+            "engine": engine,
+        }
+
+    def wait_ready(self, timeout: float = 600.0) -> None:
+        """Returns when everything that the plan wants resident has been read."""
+        self.engine.wait_idle(timeout)
+
+    def close(self) -> None:
+        """Gives all memory back; the model cannot compute afterwards. May be called twice."""
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self.engine.close()
+                if self._on_close:
+                    self._on_close()
+

@@ -1,0 +1,207 @@
+"""The ladder codec: one expert as five records, of which the first four nest.
+
+An expert of hidden size H and intermediate size I is a list of matrices W [rows, cols], cols along
+the input dimension: gate [I, H], up [I, H], down [H, I], or up, down when it is not gated.
+
+Each weight has one 8-bit `code`. Each group of 128 columns of one row has a scale and a zero (8 bits
+each, 0.125 bit per weight together). Level b = 2, 3, 4 or 8 bits sees the upper b bits of the code:
+
+    W      = scale * (value - zero)
+    scale  = exp2(log2_min + log2_step * scale_q)      scale_q, zero: uint8 per group
+    value  = table_b[code >> (8 - b)]                  table_b: uint8 [2**b] per matrix, in code units
+    value  = code                                      at 8 bits
+
+Every value and zero is an integer in 0..255, so a kernel may take dot products in int8 and apply the
+scale once per group. The encoder covers each group's range (zero included) with codes 0..255 and
+sets table entries to the mean code of their bin, weighted by scale**2. Level `exact` is the source
+itself, bit for bit.
+
+Records (payload bytes per weight, without padding):
+    0: headers, biases (fp32), group parameters, plane of code bits 7..6     0.25 + 1/64
+    1: plane of code bit 5                                                    0.125
+    2: plane of code bit 4                                                    0.125
+    3: plane of code bits 3..0                                                0.5
+    4: the source's own elements                                              2 or 4
+Level l = 0..3 (2, 3, 4, 8 bits) needs records 0..l, level 4 (exact) needs record 4 alone.
+
+Byte order inside a payload: csrc/ladder/layout.h and, for people, docs/format.md. This file holds the
+decoder that is obviously right; the encoder is `comoe._C.encode_expert` (csrc/ladder/codec.cpp), and
+error against plain rounding is in docs/codec.md. CPU only, synchronous, no accelerator involved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+BLOCK_ROWS, BLOCK_COLS, GROUP_COLS = 16, 32, 128
+NUM_RECORDS = 5
+LEVEL_BITS = (2, 3, 4, 8)  # of levels 0..3
+EXACT_LEVEL = 4
+FP32, BF16, FP16 = range(3)
+
+_BLOCK_BYTES = (128, 64, 64, 256)  # of records 0..3, one 16 x 32 block
+_PARAMS_BYTES = 32
+_HEADER = np.dtype(
+    [
+        ("log2_min", "<f4"),
+        ("log2_step", "<f4"),
+        ("table2", "u1", 4),
+        ("table3", "u1", 8),
+        ("table4", "u1", 16),
+        ("reserved", "u1", 28),
+    ]
+)
+
+
+def _up(a: int, b: int) -> int:
+    return -(-a // b) * b
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Geometry of an expert, as csrc/ladder/layout.h has it."""
+
+    hidden: int
+    intermediate: int
+    gated: bool = True
+    biased: bool = False
+    exact_dtype: int = BF16
+
+    @property
+    def matrices(self) -> tuple[tuple[int, int], ...]:
+        up, down = (self.intermediate, self.hidden), (self.hidden, self.intermediate)
+        return (up, up, down) if self.gated else (up, down)
+
+    @property
+    def itemsize(self) -> int:
+        return 4 if self.exact_dtype == FP32 else 2
+
+    @property
+    def num_weights(self) -> int:
+        return len(self.matrices) * self.hidden * self.intermediate
+
+    def tiles(self, m: int) -> tuple[int, int, int]:
+        """Row tiles, column blocks and groups of matrix m."""
+        rows, cols = self.matrices[m]
+        return -(-rows // BLOCK_ROWS), -(-cols // BLOCK_COLS), -(-cols // GROUP_COLS)
+
+    def bias_offset(self, m: int) -> int:
+        return len(self.matrices) * _HEADER.itemsize + sum(
+            _up(rows * 4, 64) for rows, _ in self.matrices[:m]
+        )
+
+    def exact_bias_offset(self, m: int) -> int:
+        return sum(_up(rows * self.itemsize, 64) for rows, _ in self.matrices[:m])
+
+    def params_offset(self, m: int) -> int:
+        at = self.bias_offset(len(self.matrices) if self.biased else 0)
+        return at + sum(self.tiles(i)[0] * self.tiles(i)[2] * _PARAMS_BYTES for i in range(m))
+
+    def block_bytes(self, record: int) -> int:
+        return BLOCK_ROWS * BLOCK_COLS * self.itemsize if record == 4 else _BLOCK_BYTES[record]
+
+    def blocks_offset(self, record: int, m: int) -> int:
+        count, at = len(self.matrices), 0
+        if record == 0:
+            at = _up(self.params_offset(count), _BLOCK_BYTES[0])
+        elif record == 4 and self.biased:
+            at = _up(self.exact_bias_offset(count), self.block_bytes(4))
+        blocks = sum(self.tiles(i)[0] * self.tiles(i)[1] for i in range(m))
+        return at + blocks * self.block_bytes(record)
+
+    def record_bytes(self, record: int) -> int:
+        return self.blocks_offset(record, len(self.matrices))
+
+
+def expert_bytes(shape: Shape, level: int) -> int:
+    """Payload bytes of one expert that `level` needs, all parameters and padding of blocks included."""
+    records = (4,) if level == EXACT_LEVEL else range(level + 1)
+    return sum(shape.record_bytes(r) for r in records)
+
+
+def _untile(blocks: np.ndarray, rows: int, cols: int) -> np.ndarray:
+    """[row tiles, col blocks, 16, 32] -> [rows, cols]."""
+    tiles, col_blocks = blocks.shape[:2]
+    whole = blocks.transpose(0, 2, 1, 3).reshape(tiles * BLOCK_ROWS, col_blocks * BLOCK_COLS)
+    return whole[:rows, :cols]
+
+
+def _blocks_of(quads: np.ndarray) -> np.ndarray:
+    """[tiles, blocks, quad 8, lane 64] -> [tiles, blocks, 16, 32]: lane L of quad q is row L // 4, column 4 q + L % 4."""
+    tiles, blocks = quads.shape[:2]
+    return (
+        quads.reshape(tiles, blocks, 8, BLOCK_ROWS, 4)
+        .transpose(0, 1, 3, 2, 4)
+        .reshape(tiles, blocks, 16, 32)
+    )
+
+
+def _plane(payload: np.ndarray, shape: Shape, record: int, m: int) -> np.ndarray:
+    """The code bits that a record adds, right-aligned: [tiles, blocks, quad 8, lane 64]."""
+    tiles, blocks, _ = shape.tiles(m)
+    at = shape.blocks_offset(record, m)
+    raw = payload[at : at + tiles * blocks * shape.block_bytes(record)].reshape(
+        tiles, blocks, -1, 64
+    )
+    if record == 0:  # vector v holds quads 4v..4v+3, two bits each
+        return np.stack([raw[:, :, q // 4] >> (2 * (q % 4)) & 3 for q in range(8)], axis=2)
+    if record == 3:  # vector v holds quads 2v (low nibble) and 2v + 1
+        return np.stack([raw[:, :, q // 2] >> (4 * (q % 2)) & 15 for q in range(8)], axis=2)
+    return np.stack([raw[:, :, 0] >> q & 1 for q in range(8)], axis=2)
+
+
+def codes_ref(shape: Shape, payloads: Sequence[np.ndarray], level: int, m: int) -> np.ndarray:
+    """The upper bits of the codes of matrix m that `level` sees, right-aligned: uint8 [rows, cols]."""
+    code = np.zeros(1, np.uint8)
+    for record, bits in enumerate((2, 1, 1, 4)[: level + 1]):
+        code = code << bits | _plane(payloads[record], shape, record, m)
+    return _untile(_blocks_of(code), *shape.matrices[m])
+
+
+def decode_ref(shape: Shape, payloads: Sequence[np.ndarray], level: int, m: int) -> np.ndarray:
+    """Matrix m at `level`, fp32 [rows, cols]; at EXACT_LEVEL the source's elements, uint16 unless fp32.
+
+    payloads: uint8 arrays indexed by record; only those that the level needs are read.
+    """
+    rows, cols = shape.matrices[m]
+    tiles, blocks, groups = shape.tiles(m)
+    if level == EXACT_LEVEL:
+        at = shape.blocks_offset(4, m)
+        raw = payloads[4][at : at + tiles * blocks * shape.block_bytes(4)]
+        if shape.exact_dtype == FP32:  # vector c, element row
+            whole = raw.view("<f4").reshape(tiles, blocks, 32, 16).transpose(0, 1, 3, 2)
+        else:  # vector p, element 2 * row + i = column 2 p + i
+            whole = (
+                raw.view("<u2")
+                .reshape(tiles, blocks, 16, 16, 2)
+                .transpose(0, 1, 3, 2, 4)
+                .reshape(tiles, blocks, 16, 32)
+            )
+        return np.ascontiguousarray(_untile(whole, rows, cols))
+
+    header = payloads[0][m * _HEADER.itemsize : (m + 1) * _HEADER.itemsize].view(_HEADER)[0]
+    at = shape.params_offset(m)
+    params = payloads[0][at : at + tiles * groups * _PARAMS_BYTES].reshape(
+        tiles, groups, 2, BLOCK_ROWS
+    )
+    per_row = params.transpose(2, 0, 3, 1).reshape(2, tiles * BLOCK_ROWS, groups)
+    scale_q, zero = np.repeat(per_row, GROUP_COLS, axis=2)[:, :rows, :cols].astype(np.float32)
+    scale = np.exp2(header["log2_min"] + header["log2_step"] * scale_q)
+    code = codes_ref(shape, payloads, level, m)
+    value = code if level == 3 else header[f"table{LEVEL_BITS[level]}"][code]
+    return scale * (value.astype(np.float32) - zero)
+
+
+def bias_ref(shape: Shape, payloads: Sequence[np.ndarray], level: int, m: int) -> np.ndarray:
+    """Bias of matrix m: fp32 [rows], or the source's elements at EXACT_LEVEL."""
+    rows = shape.matrices[m][0]
+    if level == EXACT_LEVEL:
+        at = shape.exact_bias_offset(m)
+        return payloads[4][at : at + rows * shape.itemsize].view(
+            "<f4" if shape.exact_dtype == FP32 else "<u2"
+        )
+    at = shape.bias_offset(m)
+    return payloads[0][at : at + rows * 4].view("<f4")

@@ -1,0 +1,70 @@
+// What the engine asks of a device: memory for pages, reads into them, and a count of the steps
+// that may still look at them. The CPU's is cpu_backend.h; tests use fake_backend.h.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "types.h"
+
+namespace comoe {
+
+enum class ReadStatus : uint8_t { ok, failed, corrupt };
+
+// One record on its way into its pages. `pages` stays valid until the read has been reported done.
+struct ReadJob {
+  int32_t record;
+  RecordInfo info;
+  uint8_t* const* pages;  // [ceil(bytes / page_bytes)] addresses
+  bool demand;
+};
+
+struct BackendStats {
+  int64_t bytes_from_disk = 0;  // padding and repeated reads included
+  int64_t buffered_reads = 0;   // chunks that went through the page cache, O_DIRECT being refused
+  int64_t retries = 0;
+};
+
+class BackendEvents {
+ public:
+  virtual ~BackendEvents() = default;
+  // `error` says file, offset, what the system said and what to do; empty when status is ok.
+  virtual void read_done(int32_t record, ReadStatus status, const std::string& error) = 0;
+  virtual void step_passed() = 0;  // completed() has grown
+};
+
+// Calls come from under the engine's lock (but for start, stop and stats), so none may wait for an
+// event to be handled, and none may report one before it has returned.
+class Backend {
+ public:
+  virtual ~Backend() = default;
+
+  virtual void start(BackendEvents* events) = 0;  // before any other call
+  virtual int32_t add_file(const std::string& path) = 0;
+  virtual int64_t file_bytes(int32_t file) const = 0;
+  virtual BackendStats stats() const = 0;
+
+  // Memory. Slab s holds pages [s * pages_per_slab, (s + 1) * pages_per_slab).
+  virtual int max_slabs() const = 0;
+  virtual bool map_slab(int slab) = 0;  // false: the system gives no memory
+  virtual void unmap_slab(int slab) = 0;
+  virtual uint8_t* page_address(int32_t page) = 0;
+  virtual void copy_page(int32_t from, int32_t to) = 0;
+
+  // Reads. Never fails itself: errors come back through read_done.
+  virtual void start_read(const ReadJob& job) = 0;
+  virtual void promote_read(int32_t record) = 0;  // a running prefetch is demanded now
+
+  // A device that chooses records itself looks them up in a table; `pages` is null when a record
+  // leaves.
+  virtual void publish(int32_t record, const std::vector<uint8_t*>* pages) = 0;
+  // Steps that may read pages without a pin: a page that was unpublished while launched() was n may
+  // be reused when completed() >= n.
+  virtual uint64_t launched() const = 0;
+  virtual uint64_t completed() const = 0;
+
+  virtual void stop() = 0;  // ends all reads; no event comes after it has returned
+};
+
+}  // namespace comoe

@@ -1,0 +1,108 @@
+#include "cpu_backend.h"
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+#include <stdexcept>
+
+#include "../storage/reader.h"
+#include "engine.h"
+
+namespace comoe {
+namespace {
+
+// Address space reserved once; slabs are mapped into it and taken out again, so that memory really
+// goes back to the system. A mapped slab costs nothing until it is read into.
+class CpuBackend final : public Backend {
+ public:
+  explicit CpuBackend(const EngineConfig& config)
+      : config_(config), pages_per_slab_(static_cast<int>(config.slab_bytes / config.page_bytes)) {
+    const int64_t physical = int64_t{sysconf(_SC_PHYS_PAGES)} * sysconf(_SC_PAGESIZE);
+    // A budget beyond physical memory can never be used, but one given now is believed.
+    const int64_t wanted = std::max(physical, config.budget_bytes);
+    max_slabs_ = static_cast<int>(std::min<int64_t>(wanted / config.slab_bytes + 1,
+                                                    ((int64_t{1} << 31) - 1) / pages_per_slab_));
+    reserved_bytes_ = static_cast<size_t>(max_slabs_) * config.slab_bytes + kHuge;
+    void* base = mmap(nullptr, reserved_bytes_, PROT_NONE,
+                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (base == MAP_FAILED)
+      throw std::runtime_error("Engine: reserving " + std::to_string(reserved_bytes_) +
+                               " bytes of address space: " + std::strerror(errno) +
+                               "; raise the limit of virtual memory (ulimit -v)");
+    reserved_ = static_cast<uint8_t*>(base);
+    base_ =
+        reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(base) + kHuge - 1) / kHuge * kHuge);
+  }
+  ~CpuBackend() override {
+    stop();
+    munmap(reserved_, reserved_bytes_);
+  }
+
+  void start(BackendEvents* events) override {
+    ReaderConfig reader;
+    reader.page_bytes = config_.page_bytes;
+    reader.depth = config_.io_threads;
+    reader.direct = config_.direct_io;
+    reader.verify = config_.verify;
+    reader.kind = config_.io;
+    reader_ = make_reader(reader, events);
+  }
+  int32_t add_file(const std::string& path) override { return reader_->add_file(path); }
+  int64_t file_bytes(int32_t file) const override { return reader_->file_bytes(file); }
+  BackendStats stats() const override { return reader_->stats(); }
+
+  int max_slabs() const override { return max_slabs_; }
+  bool map_slab(int slab) override {
+    return mmap(slab_address(slab), config_.slab_bytes, PROT_READ | PROT_WRITE,
+                MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0) != MAP_FAILED;
+  }
+  void unmap_slab(int slab) override {
+    // Mapping over it drops the pages and keeps the addresses reserved.
+    if (mmap(slab_address(slab), config_.slab_bytes, PROT_NONE,
+             MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0) == MAP_FAILED)
+      madvise(slab_address(slab), config_.slab_bytes,
+              MADV_DONTNEED);  // out of mappings: drop the pages
+  }
+  uint8_t* page_address(int32_t page) override {
+    return base_ + int64_t{page} * config_.page_bytes;
+  }
+  void copy_page(int32_t from, int32_t to) override {
+    std::memcpy(page_address(to), page_address(from), config_.page_bytes);
+  }
+
+  void start_read(const ReadJob& job) override { reader_->submit(job); }
+  void promote_read(int32_t record) override { reader_->promote(record); }
+
+  // Every use on the CPU holds a pin, so there is no table to keep and no step to wait for.
+  void publish(int32_t, const std::vector<uint8_t*>*) override {}
+  uint64_t launched() const override { return 0; }
+  uint64_t completed() const override { return 0; }
+
+  void stop() override {
+    if (reader_) reader_->stop();
+  }
+
+ private:
+  static constexpr uintptr_t kHuge = 2 << 20;
+
+  uint8_t* slab_address(int slab) { return base_ + int64_t{slab} * config_.slab_bytes; }
+
+  const EngineConfig config_;
+  const int pages_per_slab_;
+  int max_slabs_;
+  size_t reserved_bytes_;
+  uint8_t* reserved_;
+  uint8_t* base_;  // aligned to huge pages
+  std::unique_ptr<Reader> reader_;
+};
+
+}  // namespace
+
+std::unique_ptr<Backend> make_cpu_backend(const EngineConfig& config) {
+  return std::make_unique<CpuBackend>(config);
+}
+
+}  // namespace comoe

@@ -1,0 +1,19 @@
+"""Fixtures that several tests share: the bundled model, packed once per run."""
+
+from pathlib import Path
+
+import pytest
+
+DEMO = Path(__file__).resolve().parent.parent / "comoe" / "demo_model"
+
+
+@pytest.fixture(scope="session")
+def demo_folder() -> Path:
+    return DEMO
+
+
+@pytest.fixture(scope="session")
+def packed_demo(tmp_path_factory) -> Path:
+    import comoe
+
+    return comoe.pack(DEMO, tmp_path_factory.mktemp("packed") / "demo")
