@@ -138,7 +138,9 @@ def main() -> None:
 
     places = len(crcs) // per_turn
     if places < len(readers):
-        raise SystemExit(f"--file-mb: {len(readers)} turns need {len(readers) * args.turn_mb} MB a round")
+        raise SystemExit(
+            f"--file-mb: {len(readers)} turns need {len(readers) * args.turn_mb} MB a round"
+        )
     rates: dict[str, list[float]] = {name: [] for name in readers}
     rng = random.Random(0)
     for _ in range(args.rounds):
@@ -160,16 +162,27 @@ def main() -> None:
     for name, values in rates.items():
         median, p20, p80 = summary(values)
         rows.append(
-            [name, f"{record / 1e6:.2f}", f"{median:.3f}", f"{p20:.3f}", f"{p80:.3f}", f"{median / best_raw:.3f}"]
+            [
+                name,
+                f"{record / 1e6:.2f}",
+                f"{median:.3f}",
+                f"{p20:.3f}",
+                f"{p80:.3f}",
+                f"{median / best_raw:.3f}",
+            ]
         )
-        print(f"{name:32} | {median:.3f} GB/s (p20 {p20:.3f}, p80 {p80:.3f}) | {median / best_raw:.0%} of best raw")
+        print(
+            f"{name:32} | {median:.3f} GB/s (p20 {p20:.3f}, p80 {p80:.3f}) | {median / best_raw:.0%} of best raw"
+        )
     args.csv.parent.mkdir(parents=True, exist_ok=True)
     with open(args.csv, "w", newline="") as f:
         writer = csv.writer(f)
         header = ["reader", "record_mb", "gb_per_s", "p20", "p80", "share_of_best_raw"]
         writer.writerow([*header, "rounds", "machine", "kernel", "commit"])
         for row in rows:
-            writer.writerow([*row, args.rounds, f"{os.cpu_count()} cores", platform.release(), commit])
+            writer.writerow(
+                [*row, args.rounds, f"{os.cpu_count()} cores", platform.release(), commit]
+            )
 
 
 if __name__ == "__main__":
