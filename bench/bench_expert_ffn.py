@@ -17,7 +17,13 @@ from harness import interleave, quantiles, write_rows
 
 from comoe import _C
 from comoe_kernels import threads
-from comoe_kernels.expert_ffn import expert_ffn, expert_ffn_bytes, expert_ffn_ref, rounding
+from comoe_kernels.expert_ffn import (
+    expert_ffn,
+    expert_ffn_bytes,
+    expert_ffn_ref,
+    rounding,
+    rounding_of_results,
+)
 from comoe_kernels.unpack import DTYPES, LEVELS, unpack
 
 COLD_BYTES = 640 << 20
@@ -85,7 +91,12 @@ def check(experts, x, level) -> float:
     got = expert_ffn(x, experts[:1], [every], [every], len(x)).double()
     dense = [unpack(experts[0], m, torch.float32) for m in range(3)]
     want = expert_ffn_ref(x, dense).double()
-    rounded = expert_ffn_ref(x, dense, round_activations=rounding(level, True)).double()
+    rounded = expert_ffn_ref(
+        x,
+        dense,
+        round_activations=rounding(level, True),
+        round_results=rounding_of_results(level, x.dtype),
+    ).double()
     error, allowed = (got - want).norm() / want.norm(), (rounded - want).norm() / want.norm()
     if not error <= 2 * allowed + 1e-6:
         raise SystemExit(f"wrong result: error {error:.2e}, rounding explains {allowed:.2e}")
