@@ -58,8 +58,10 @@ def test_gate_chooses_as_the_router(family):
     if not supported(family):
         pytest.skip("listed in docs/families.md")
     share = eager_results(moe_families.model_class(family), lambda: recall(family))
+    if transformers.__version__ != VERSION:
+        pytest.skip(f"routers are described for transformers {VERSION}")
     assert (share is None) == (family in NOT_UNDERSTOOD)
-    if share is not None and family not in ROUTER_UNHEARD and transformers.__version__ == VERSION:
+    if share is not None and family not in ROUTER_UNHEARD:
         assert share >= PARTLY.get(family, 0.95), f"{share:.2f}"
 
 
