@@ -6,8 +6,9 @@ import moe_families
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from reference_runtime import ReferenceRuntime
-from test_families import few_threads  # noqa: F401
+from test_families import FAMILIES, VERSION, eager_results, few_threads  # noqa: F401
 from torch import nn
 from transformers.activations import ACT2FN
 
@@ -89,15 +90,19 @@ def test_what_cannot_be_evaluated_stays_in_torch():
 
 # ---- calling ------------------------------------------------------------------------------------
 
-CONVENTION = (
-    "mixtral",
-    "aria",
-    "gpt_oss",
-    "nemotron_h",
-    "muse_spark",
-    "step3p7",
-    "openai_privacy_filter",
-)
+CONVENTION = [
+    family
+    for family in (
+        "mixtral",
+        "aria",
+        "gpt_oss",
+        "nemotron_h",
+        "muse_spark",
+        "step3p7",
+        "openai_privacy_filter",
+    )
+    if family in FAMILIES
+]
 
 
 def first_block(family, dtype=torch.float32):
@@ -120,7 +125,7 @@ def test_index_beyond_the_experts_counts_as_zero(family, runtime):
     empty = torch.rand(5, 3, generator=generator) < 0.5
     empty[2] = True
     with torch.no_grad():
-        want = module(hidden, index, weights.masked_fill(empty, 0.0))
+        want = eager_results(model, lambda: module(hidden, index, weights.masked_fill(empty, 0.0)))
         if runtime == "comoe":
             comoe.offload(model, memory="1GB", exact=True)
         else:
@@ -167,7 +172,8 @@ def test_switch_drops_tokens_over_capacity():
     hidden = torch.randn(2, 9, 64, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         want = block(hidden)
-        assert want.eq(0).all(-1).any()
+        if transformers.__version__ == VERSION:  # older ones count capacity over the batch
+            assert want.eq(0).all(-1).any()
         attach(blocks, ReferenceRuntime.of_blocks(blocks))
         torch.testing.assert_close(block(hidden), want, rtol=0, atol=1e-5)
 

@@ -6,8 +6,9 @@ import moe_families
 import numpy as np
 import pytest
 import torch
+import transformers
 from reference_runtime import ReferenceRuntime
-from test_families import few_threads, logits, supported  # noqa: F401
+from test_families import VERSION, eager_results, few_threads, logits, supported  # noqa: F401
 
 from comoe.hf.attach import attach
 from comoe.hf.blocks import discover
@@ -56,9 +57,9 @@ def recall(family: str) -> float | None:
 def test_gate_chooses_as_the_router(family):
     if not supported(family):
         pytest.skip("listed in docs/families.md")
-    share = recall(family)
+    share = eager_results(moe_families.model_class(family), lambda: recall(family))
     assert (share is None) == (family in NOT_UNDERSTOOD)
-    if share is not None and family not in ROUTER_UNHEARD:
+    if share is not None and family not in ROUTER_UNHEARD and transformers.__version__ == VERSION:
         assert share >= PARTLY.get(family, 0.95), f"{share:.2f}"
 
 
