@@ -31,8 +31,6 @@ import torch.nn.functional as F
 from comoe import _C
 from comoe_kernels.unpack import DTYPES, check_tensor, packed_bytes, row_stride, unpack, unpack_bias
 
-PREFILL_ROWS = 32
-
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "quick_gelu", "swigluoai")
 
 
