@@ -745,11 +745,14 @@ def evaluate(args: argparse.Namespace) -> None:
     print(json.dumps(facts, indent=2))
     if args.json:
         args.json.write_text(json.dumps(facts, indent=2) + "\n")
-    for prompt in ("import os\nimport sys\n\n\ndef main(", "class Stack:\n    def __init__(self"):
-        inputs = tokenizer(END + prompt, return_tensors="pt", return_token_type_ids=False)
+    unseen = text[-2000:-1000]
+    for prompt in (unseen, END + "class Stack:\n    def __init__(self"):
+        inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
         torch.manual_seed(SEED)
-        out = model.generate(**inputs, max_new_tokens=120, do_sample=True, temperature=0.7)
-        print("-" * 80 + "\n" + tokenizer.decode(out[0], skip_special_tokens=True))
+        out = model.generate(**inputs, max_new_tokens=120, do_sample=True, temperature=0.6)
+        start = inputs["input_ids"].shape[1]
+        print(f"{'-' * 80}\n{prompt}\n{'=' * 20} continued by the model:")
+        print(tokenizer.decode(out[0, start:], skip_special_tokens=True))
 
 
 def cpu_name() -> str:
