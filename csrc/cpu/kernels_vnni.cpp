@@ -307,6 +307,11 @@ void multiply_bits8(const RunArgs& args) {
   }
 }
 
+// Exact weights are one stream, which the hardware prefetches best by itself as long as there is
+// little to compute (measured for bf16: 1 or 2 rows 93% of the read bandwidth against 88%; 4 rows
+// 82% both ways).
+constexpr int kHardwareRows = 2;
+
 // Exact bf16 times bf16: 16 rows x 2 columns an instruction. Two sums, as one would wait for its
 // latency.
 template <int R>
@@ -320,7 +325,7 @@ void multiply_bf16(const RunArgs& args) {
       cursor.at(index);
       const uint8_t* block = cursor.plane(0, index, 1024);
       for (int p = 0; p < 16; p += 2) {
-        prefetcher.step<2>();
+        if constexpr (R > kHardwareRows) prefetcher.step<2>();
         const auto w0 = (__m512bh)_mm512_loadu_si512(block + 64 * p);
         const auto w1 = (__m512bh)_mm512_loadu_si512(block + 64 * p + 64);
         for (int r = 0; r < R; ++r) {
@@ -349,7 +354,7 @@ void multiply_exact(const RunArgs& args) {
       cursor.at(index);
       const uint8_t* block = cursor.plane(0, index, 16 * kPairBytes);
       for (int p = 0; p < 16; ++p) {
-        prefetcher.step<D == DType::fp32 ? 2 : 1>();
+        if constexpr (R > kHardwareRows) prefetcher.step<D == DType::fp32 ? 2 : 1>();
         __m512 w0, w1;
         if constexpr (D == DType::fp32) {
           w0 = _mm512_loadu_ps(block + 128 * p);
