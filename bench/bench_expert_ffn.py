@@ -17,7 +17,13 @@ from harness import interleave, quantiles, write_rows
 
 from comoe import _C
 from comoe_kernels import threads
-from comoe_kernels.expert_ffn import expert_ffn, expert_ffn_bytes, expert_ffn_ref, rounding
+from comoe_kernels.expert_ffn import (
+    expert_ffn,
+    expert_ffn_bytes,
+    expert_ffn_ref,
+    rounding,
+    rounding_of_results,
+)
 from comoe_kernels.unpack import DTYPES, LEVELS, unpack
 
 COLD_BYTES = 640 << 20
@@ -36,7 +42,9 @@ def payload(rng: np.random.Generator, hidden: int, intermediate: int, record: in
     """Random bytes with a sane header (record 0) or random bf16 weights (exact)."""
     blocks = 3 * -(-hidden // 16) * -(-intermediate // 32)
     if record == 4:
-        weights = torch.from_numpy(rng.standard_normal(blocks * 512, dtype=np.float32) / hidden**0.5)
+        weights = torch.from_numpy(
+            rng.standard_normal(blocks * 512, dtype=np.float32) / hidden**0.5
+        )
         return weights.bfloat16().view(torch.uint8).numpy()
     if record:
         return rng.integers(0, 256, blocks * {1: 64, 2: 64, 3: 256}[record], dtype=np.uint8)
@@ -52,7 +60,9 @@ def payload(rng: np.random.Generator, hidden: int, intermediate: int, record: in
     return data
 
 
-def experts_of(arena: Arena, rng, hidden: int, intermediate: int, level: int) -> list[_C.PagedExpert]:
+def experts_of(
+    arena: Arena, rng, hidden: int, intermediate: int, level: int
+) -> list[_C.PagedExpert]:
     """As many copies of one random expert as fill COLD_BYTES."""
     page_bytes = max(3 * hidden * intermediate // 64 // 4096, 1) * 4096  # as the design says
     records = [4] if level == 4 else list(range(level + 1))
@@ -69,7 +79,9 @@ def experts_of(arena: Arena, rng, hidden: int, intermediate: int, level: int) ->
             mapped[r] = (arena.data, at + np.arange(pages, dtype=np.int64) * page_bytes)
             at += pages * page_bytes
         experts.append(
-            _C.PagedExpert(hidden, intermediate, True, False, DTYPES[torch.bfloat16], level, mapped, page_bytes)
+            _C.PagedExpert(
+                hidden, intermediate, True, False, DTYPES[torch.bfloat16], level, mapped, page_bytes
+            )
         )
 
 
@@ -79,7 +91,12 @@ def check(experts, x, level) -> float:
     got = expert_ffn(x, experts[:1], [every], [every], len(x)).double()
     dense = [unpack(experts[0], m, torch.float32) for m in range(3)]
     want = expert_ffn_ref(x, dense).double()
-    rounded = expert_ffn_ref(x, dense, round_activations=rounding(level, True)).double()
+    rounded = expert_ffn_ref(
+        x,
+        dense,
+        round_activations=rounding(level, True),
+        round_results=rounding_of_results(level, x.dtype),
+    ).double()
     error, allowed = (got - want).norm() / want.norm(), (rounded - want).norm() / want.norm()
     if not error <= 2 * allowed + 1e-6:
         raise SystemExit(f"wrong result: error {error:.2e}, rounding explains {allowed:.2e}")
@@ -93,8 +110,12 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=8, help="experts per call (K)")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--levels", nargs="+", default=list(LEVELS), choices=LEVELS)
-    parser.add_argument("--own-threads", action="store_true", help="the native pool instead of torch's threads")
-    parser.add_argument("--write", action="store_true", help="append rows to bench/results/expert_ffn.csv")
+    parser.add_argument(
+        "--own-threads", action="store_true", help="the native pool instead of torch's threads"
+    )
+    parser.add_argument(
+        "--write", action="store_true", help="append rows to bench/results/expert_ffn.csv"
+    )
     args = parser.parse_args()
     threads.use_own_threads() if args.own_threads else threads.share_torch_threads()
     rng = np.random.default_rng(0)
@@ -111,11 +132,18 @@ def main() -> None:
                 pairs = [np.arange(rows, dtype=np.int32) + i * rows for i in range(num)]
                 out = torch.empty(num * rows, hidden)
                 nbytes = args.calls * expert_ffn_bytes(
-                    hidden, intermediate, gated=True, level=level, num_experts=num, num_rows=num * rows
+                    hidden,
+                    intermediate,
+                    gated=True,
+                    level=level,
+                    num_experts=num,
+                    num_rows=num * rows,
                 )
                 state = {"expert": 0, "read": 0}
 
-                def ours(num=num, x=x, tokens=tokens, pairs=pairs, out=out, state=state, experts=experts):
+                def ours(
+                    num=num, x=x, tokens=tokens, pairs=pairs, out=out, state=state, experts=experts
+                ):
                     for _ in range(args.calls):
                         chosen = [experts[(state["expert"] + i) % len(experts)] for i in range(num)]
                         state["expert"] += num

@@ -17,6 +17,7 @@ import torch
 from bench_expert_ffn import SHAPES, Arena, experts_of
 from harness import interleave, quantiles, write_rows
 
+from comoe import _C
 from comoe_kernels import threads
 from comoe_kernels.expert_ffn import Workspace, expert_ffn, expert_ffn_prefill
 from comoe_kernels.unpack import LEVELS, unpack, unpack_bytes
@@ -27,12 +28,20 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--rows", type=int, nargs="+", default=[16, 64, 128, 512])
     parser.add_argument("--levels", nargs="+", default=list(LEVELS), choices=LEVELS)
-    parser.add_argument("--own-threads", action="store_true", help="the native pool instead of torch's threads")
-    parser.add_argument("--write", action="store_true", help="append rows to bench/results/unpack.csv")
+    parser.add_argument("--isa", default="auto", help="force an instruction set, such as avx2")
+    parser.add_argument(
+        "--own-threads", action="store_true", help="the native pool instead of torch's threads"
+    )
+    parser.add_argument(
+        "--write", action="store_true", help="append rows to bench/results/unpack.csv"
+    )
     args = parser.parse_args()
+    _C.force_isa(args.isa)
     threads.use_own_threads() if args.own_threads else threads.share_torch_threads()
     rng = np.random.default_rng(0)
-    bench_expert_ffn.COLD_BYTES = 128 << 20  # more than the last cache: experts are read once per chunk of tokens
+    bench_expert_ffn.COLD_BYTES = (
+        128 << 20
+    )  # more than the last cache: experts are read once per chunk of tokens
     arena = Arena(bench_expert_ffn.COLD_BYTES + (1 << 20))
     rows_out = []
     for hidden, intermediate in SHAPES:
@@ -57,15 +66,25 @@ def main() -> None:
                 if not worse < 0.02:
                     raise SystemExit(f"prefill and decode kernel differ by {worse:.3f}")
 
-                def unpack_all(expert=expert, workspace=workspace, hidden=hidden, intermediate=intermediate):
+                def unpack_all(
+                    expert=expert, workspace=workspace, hidden=hidden, intermediate=intermediate
+                ):
                     e = expert()
-                    for m, shape in enumerate([(intermediate, hidden)] * 2 + [(hidden, intermediate)]):
+                    for m, shape in enumerate(
+                        [(intermediate, hidden)] * 2 + [(hidden, intermediate)]
+                    ):
                         unpack(e, m, out=workspace.matrix(*shape, torch.bfloat16))
 
                 times = interleave(
                     {
-                        "matmul": lambda x=x, a=a, dense=dense: (x @ dense[0].T, x @ dense[1].T, a @ dense[2].T),
-                        "prefill": lambda x=x, expert=expert, w=workspace: expert_ffn_prefill(x, expert(), workspace=w),
+                        "matmul": lambda x=x, a=a, dense=dense: (
+                            x @ dense[0].T,
+                            x @ dense[1].T,
+                            a @ dense[2].T,
+                        ),
+                        "prefill": lambda x=x, expert=expert, w=workspace: expert_ffn_prefill(
+                            x, expert(), workspace=w
+                        ),
                         "unpack": unpack_all,
                         "decode": lambda x=x, expert=expert, e=every, out=out: expert_ffn(
                             x, [expert()], [e], [e], len(e), out=out

@@ -39,7 +39,9 @@ def quantiles(times: np.ndarray) -> tuple[float, float, float]:
 def cpu_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+        return next(
+            line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")
+        )
     except (OSError, StopIteration):
         return platform.machine()
 
@@ -47,7 +49,10 @@ def cpu_name() -> str:
 def conditions() -> dict[str, object]:
     """What a figure depends on besides its own parameters."""
     commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=RESULTS.parent
+        ["git", "describe", "--always", "--dirty"],
+        capture_output=True,
+        text=True,
+        cwd=RESULTS.parent,
     ).stdout.strip()
     return {
         "date": time.strftime("%Y-%m-%d"),

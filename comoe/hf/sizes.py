@@ -57,15 +57,13 @@ def model_sizes(model: nn.Module, experts_per_token: int, expert_intermediate: i
     if getattr(model.config, "is_encoder_decoder", False):
         kv *= 2
     attention = 2 * (heads + kv_heads) * head_dim
-    experts = experts_per_token * expert_intermediate
-    activations = element * (4 * hidden + max(attention, 3 * dense_intermediate)) + 4 * (
-        experts_per_token * hidden + 3 * experts
-    )
+    activations = element * (4 * hidden + max(attention, 3 * dense_intermediate)) + 8 * hidden
     eager = getattr(config, "_attn_implementation", None) == "eager"
     return ModelSizes(
         dense=dense,
         kv_per_token=kv,
         activations_per_token=activations,
+        expert_rows_per_token=4 * experts_per_token * (hidden + expert_intermediate),
         logits_per_token=vocabulary * (element + 4),
         scores_per_pair=heads * (element + 4) if eager else 0,
     )

@@ -1,10 +1,12 @@
 // The engine: every array is checked here, and the GIL is released in whatever can wait.
+#include "../engine/engine.h"
+
 #include <optional>
 #include <string>
 #include <vector>
 
-#include "../engine/engine.h"
 #include "../storage/crc32c.h"
+#include "../storage/raw_read.h"
 #include "bindings.h"
 
 namespace comoe {
@@ -12,7 +14,8 @@ namespace comoe {
 static uint32_t crc32c_of(const py::buffer& buffer, uint32_t seed) {
   const py::buffer_info info = buffer.request();
   if (!PyBuffer_IsContiguous(info.view(), 'C'))
-    throw std::invalid_argument("crc32c: buffer: expected contiguous memory, got a strided view; copy it first");
+    throw std::invalid_argument(
+        "crc32c: buffer: expected contiguous memory, got a strided view; copy it first");
   py::gil_scoped_release release;
   return crc32c(info.ptr, static_cast<size_t>(info.size * info.itemsize), seed);
 }
@@ -21,7 +24,8 @@ static uint32_t crc32c_of(const py::buffer& buffer, uint32_t seed) {
 template <class T>
 static py::array_t<T> checked_array(const char* op, const char* argument, const py::object& object,
                                     py::ssize_t size = -1) {
-  const std::string expected = std::string(op) + ": " + argument + ": expected a contiguous 1-D numpy array of " +
+  const std::string expected = std::string(op) + ": " + argument +
+                               ": expected a contiguous 1-D numpy array of " +
                                std::string(py::str(py::dtype::of<T>())) +
                                (size < 0 ? "" : " with " + std::to_string(size) + " entries");
   if (!py::isinstance<py::array>(object))
@@ -29,21 +33,25 @@ static py::array_t<T> checked_array(const char* op, const char* argument, const 
   const py::array array = py::reinterpret_borrow<py::array>(object);
   if (!array.dtype().is(py::dtype::of<T>()) && !array.dtype().equal(py::dtype::of<T>()))
     throw py::type_error(expected + ", got " + std::string(py::str(array.dtype())));
-  if (array.ndim() != 1 || !(array.flags() & py::array::c_style) || (size >= 0 && array.size() != size))
-    throw std::invalid_argument(expected + ", got shape " + std::string(py::str(array.attr("shape"))) +
+  if (array.ndim() != 1 || !(array.flags() & py::array::c_style) ||
+      (size >= 0 && array.size() != size))
+    throw std::invalid_argument(expected + ", got shape " +
+                                std::string(py::str(array.attr("shape"))) +
                                 (array.flags() & py::array::c_style ? "" : " (strided)"));
   return py::reinterpret_borrow<py::array_t<T>>(array);
 }
 
 static Priority checked_priority(const char* op, int priority) {
   if (priority < 0 || priority > 2)
-    throw std::invalid_argument(std::string(op) + ": priority: expected 0 (demand), 1 (prefetch) or 2 (upgrade), got " +
-                                std::to_string(priority));
+    throw std::invalid_argument(
+        std::string(op) + ": priority: expected 0 (demand), 1 (prefetch) or 2 (upgrade), got " +
+        std::to_string(priority));
   return static_cast<Priority>(priority);
 }
 
 static std::unique_ptr<Session> open_session(Engine& engine, const py::object& first_records,
-                                                    const py::object& min_levels, const py::object& want_levels) {
+                                             const py::object& min_levels,
+                                             const py::object& want_levels) {
   const auto first = checked_array<int32_t>("session", "first_records", first_records);
   const auto min = checked_array<uint8_t>("session", "min_levels", min_levels, first.size());
   const auto want = checked_array<uint8_t>("session", "want_levels", want_levels, first.size());
@@ -97,6 +105,7 @@ static py::dict stats_dict(const EngineStats& s) {
   d["bytes_from_disk"] = s.backend.bytes_from_disk;
   d["buffered_reads"] = s.backend.buffered_reads;
   d["retries"] = s.backend.retries;
+  d["io"] = s.backend.io;
   d["wait_seconds"] = s.wait_seconds;
   d["page_bytes"] = s.page_bytes;
   d["budget_bytes"] = s.budget_bytes;
@@ -123,6 +132,10 @@ void bind_engine(py::module_& m) {
   m.def("crc32c", &crc32c_of, py::arg("buffer"), py::arg("seed") = 0,
         "CRC-32C of a contiguous buffer; seed: the checksum of what comes before it.");
   m.def("crc32c_isa", &crc32c_isa);
+  m.def("raw_read_seconds", &raw_read_seconds, py::arg("path"), py::arg("begin"), py::arg("end"),
+        py::arg("chunk_bytes") = 1 << 20, py::arg("depth") = 8,
+        py::call_guard<py::gil_scoped_release>(),
+        "Seconds that plain O_DIRECT reads of [begin, end) take: the measured ceiling of a disk.");
 
   py::register_exception<ReadError>(m, "ReadError", PyExc_OSError);
   py::register_exception<BudgetError>(m, "BudgetError", PyExc_ValueError);
@@ -145,17 +158,20 @@ void bind_engine(py::module_& m) {
               list[i] = py::make_tuple(ready[i].need, static_cast<int>(ready[i].level));
             return std::move(list);
           },
-          "Waits; all needs that are ready now as (index, level), or None when all were handed out. An empty list: "
+          "Waits; all needs that are ready now as (index, level), or None when all were handed "
+          "out. An empty list: "
           "nothing can come before done() is called for something that is held.")
       .def("done", &Session::done, py::arg("need"), py::call_guard<py::gil_scoped_release>(),
            "Unpins a need that next() has handed out.")
       .def("close", &Session::close, py::call_guard<py::gil_scoped_release>(),
            "Releases everything it still holds; the same happens when it is deleted.");
 
-  py::class_<Engine>(m, "Engine",
-                     "Keeps records of the store resident in a paged pool under a budget (docs/engine.md).")
+  py::class_<Engine>(
+      m, "Engine",
+      "Keeps records of the store resident in a paged pool under a budget (docs/engine.md).")
       .def(py::init([](int64_t page_bytes, int64_t slab_bytes, int64_t budget_bytes,
-                       std::vector<uint32_t> level_masks, int io_threads, bool direct, bool verify, std::string io) {
+                       std::vector<uint32_t> level_masks, int io_threads, bool direct, bool verify,
+                       std::string io) {
              EngineConfig config;
              config.page_bytes = page_bytes;
              config.slab_bytes = slab_bytes;
@@ -168,12 +184,13 @@ void bind_engine(py::module_& m) {
              return std::make_unique<Engine>(config);
            }),
            py::arg("page_bytes"), py::arg("slab_bytes"), py::arg("budget_bytes"), py::kw_only(),
-           py::arg("level_masks"), py::arg("io_threads") = 4, py::arg("direct") = true, py::arg("verify") = true,
-           py::arg("io") = "auto")
+           py::arg("level_masks"), py::arg("io_threads") = 4, py::arg("direct") = true,
+           py::arg("verify") = true, py::arg("io") = "auto")
       .def("add_file", &Engine::add_file, py::arg("path"), py::call_guard<py::gil_scoped_release>())
-      .def("add_records", &add_records, py::arg("file"), py::arg("offset"), py::arg("nbytes"), py::arg("crc"),
-           "Records of whole experts, in order; returns the first id.")
-      .def("session", &open_session, py::arg("first_records"), py::arg("min_levels"), py::arg("want_levels"))
+      .def("add_records", &add_records, py::arg("file"), py::arg("offset"), py::arg("nbytes"),
+           py::arg("crc"), "Records of whole experts, in order; returns the first id.")
+      .def("session", &open_session, py::arg("first_records"), py::arg("min_levels"),
+           py::arg("want_levels"))
       .def(
           "request",
           [](Engine& engine, const py::object& ids, int priority, int32_t distance) {
@@ -224,32 +241,37 @@ void bind_engine(py::module_& m) {
           py::arg("ids"), py::arg("values"))
       .def("set_budget", &Engine::set_budget, py::arg("bytes"), py::arg("timeout") = 10.0,
            py::call_guard<py::gil_scoped_release>(),
-           "Returns when the memory is back with the system; raises with the reason if it is not in time.")
+           "Returns when the memory is back with the system; raises with the reason if it is not "
+           "in time.")
       .def(
           "minimum_budget",
           [](const Engine& engine, std::optional<int> level) {
-            if (level && *level < 0) throw std::invalid_argument("minimum_budget: level: expected >= 0");
+            if (level && *level < 0)
+              throw std::invalid_argument("minimum_budget: level: expected >= 0");
             return engine.minimum_budget(level.value_or(-1));
           },
           py::arg("level") = py::none(),
-          "Least budget for the largest need so far; with a level, for any expert at any level up to it.")
-      .def("resident",
-           [](const Engine& engine) {
-             const std::vector<uint8_t> states = engine.resident();
-             return py::array_t<uint8_t>(static_cast<py::ssize_t>(states.size()), states.data());
-           },
-           "uint8 [num_records]: 0 absent, 1 loading, 2 resident.")
-      .def("read_pages",
-           [](const Engine& engine, int32_t record, int64_t bytes) {
-             // Copies a pinned record's first bytes out: for tests and tools.
-             py::array_t<uint8_t> out(std::max<int64_t>(bytes, 0));
-             engine.copy_out(record, bytes, out.mutable_data());
-             return out;
-           },
-           py::arg("record"), py::arg("nbytes"))
+          "Least budget for the largest need so far; with a level, for any expert at any level up "
+          "to it.")
+      .def(
+          "resident",
+          [](const Engine& engine) {
+            const std::vector<uint8_t> states = engine.resident();
+            return py::array_t<uint8_t>(static_cast<py::ssize_t>(states.size()), states.data());
+          },
+          "uint8 [num_records]: 0 absent, 1 loading, 2 resident.")
+      .def(
+          "read_pages",
+          [](const Engine& engine, int32_t record, int64_t bytes) {
+            // Copies a pinned record's first bytes out: for tests and tools.
+            py::array_t<uint8_t> out(std::max<int64_t>(bytes, 0));
+            engine.copy_out(record, bytes, out.mutable_data());
+            return out;
+          },
+          py::arg("record"), py::arg("nbytes"))
       .def("stats", [](const Engine& engine) { return stats_dict(engine.stats()); })
-      .def("wait_idle", &Engine::wait_idle, py::arg("timeout"), py::call_guard<py::gil_scoped_release>(),
-           "True when no read is running.")
+      .def("wait_idle", &Engine::wait_idle, py::arg("timeout"),
+           py::call_guard<py::gil_scoped_release>(), "True when no read is running.")
       .def("close", &Engine::close, py::call_guard<py::gil_scoped_release>());
 }
 

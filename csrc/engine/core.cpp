@@ -74,13 +74,6 @@ int64_t Core::largest_need_pages(int max_level) const {
   return largest;
 }
 
-int64_t Core::resident_bytes() const {
-  int64_t bytes = 0;
-  for (const Record& r : records_)
-    if (r.state == RecordState::resident) bytes += r.info.bytes;
-  return bytes;
-}
-
 std::vector<int32_t> Core::take_woken() {
   std::vector<int32_t> woken;
   woken.swap(woken_);
@@ -361,10 +354,17 @@ void Core::used(int32_t r, uint64_t tick) {
 }
 
 void Core::push_heap(int32_t record) {
-  records_[record].in_heap = true;
-  heap_.push_back(coldness(record));
-  std::push_heap(heap_.begin(), heap_.end(),
-                 [](const Coldness& a, const Coldness& b) { return b < a; });
+  const auto hotter = [](const Coldness& a, const Coldness& b) { return b < a; };
+  Coldness entry = coldness(record);
+  entry.entry = records_[record].heap_entry = ++heap_entries_;
+  heap_.push_back(entry);
+  std::push_heap(heap_.begin(), heap_.end(), hotter);
+  if (heap_.size() <= 64 + 2 * records_.size()) return;
+  heap_.erase(
+      std::remove_if(heap_.begin(), heap_.end(),
+                     [&](const Coldness& e) { return records_[e.record].heap_entry != e.entry; }),
+      heap_.end());
+  std::make_heap(heap_.begin(), heap_.end(), hotter);
 }
 
 Core::Coldness Core::pop_heap() {
@@ -372,16 +372,17 @@ Core::Coldness Core::pop_heap() {
                 [](const Coldness& a, const Coldness& b) { return b < a; });
   const Coldness top = heap_.back();
   heap_.pop_back();
-  records_[top.record].in_heap = false;
   return top;
 }
 
+void Core::set_value(int32_t r, float value) {
+  Record& record = records_[r];
+  const bool lowered = value < record.value;
+  record.value = value;
+  if (lowered && record.heap_entry != 0) push_heap(r);
+}
+
 void Core::values_changed() {
-  heap_.clear();
-  for (int32_t r = 0; r < num_records(); ++r) {
-    records_[r].in_heap = false;
-    if (records_[r].state == RecordState::resident && records_[r].num_pages > 0) push_heap(r);
-  }
   speculation_blocked_ = false;
   settle();
 }
@@ -415,7 +416,7 @@ bool Core::make_room(int64_t pages, const Coldness& limit, Room room) {
     if (!(heap_.front() < limit)) break;
     const Coldness entry = pop_heap();
     const Record& record = records_[entry.record];
-    if (record.state != RecordState::resident) continue;
+    if (record.heap_entry != entry.entry) continue;
     if (entry < coldness(entry.record)) {
       push_heap(entry.record);  // it was used since
     } else if (record.pins > 0 || record.user_pinned ||
@@ -440,6 +441,8 @@ void Core::evict_record(int32_t r) {
   Record& record = records_[r];
   backend_->publish(r, nullptr);
   record.state = RecordState::absent;
+  record.heap_entry = 0;
+  resident_bytes_ -= record.info.bytes;
   if (record.speculative) stats_.wasted_prefetch_bytes += record.info.bytes;
   record.speculative = false;
   ++stats_.evictions;
@@ -474,7 +477,7 @@ int64_t Core::evict(int32_t r) {
   if (record.state != RecordState::resident || record.num_pages == 0 || record.pins > 0 ||
       record.user_pinned)
     return 0;
-  evict_record(r);  // its entry in the heap is dropped when it comes up
+  evict_record(r);
   speculation_blocked_ = false;
   settle();
   return record.num_pages;
@@ -500,7 +503,7 @@ void Core::pin(int32_t r, bool pinned) {
 // ---- Slabs -------------------------------------------------------------------------------------
 
 void Core::set_target_slabs(int slabs) {
-  target_slabs_ = std::min(slabs, pool_.num_slabs());
+  target_slabs_ = std::min(slabs, pool_.max_slabs());
   map_failed_ = false;
   speculation_blocked_ = false;
   auto in_use = [&] { return pool_.mapped_slabs() - pool_.draining_slabs(); };
@@ -597,7 +600,8 @@ void Core::read_done(int32_t r, ReadStatus status, const std::string& error) {
     *counts[static_cast<int>(record.transfer)][1] += record.info.bytes;
     record.state = RecordState::resident;
     if (record.speculative) record.last_use = clock_;  // expected soon
-    if (!record.in_heap) push_heap(r);
+    resident_bytes_ += record.info.bytes;
+    push_heap(r);
     backend_->publish(r, &record.addresses);
     for (const Waiter& w : waiters) {
       SessionEntry& session = sessions_.at(w.session);
@@ -694,7 +698,7 @@ void Core::check_invariants() const {
   };
   std::vector<int32_t> owner(page_owner_.size(), -1);
   std::vector<int32_t> pins(records_.size(), 0);
-  int64_t loading = 0, speculation = 0, used = 0, free_pages = 0;
+  int64_t loading = 0, speculation = 0, used = 0, free_pages = 0, resident_bytes = 0;
   for (int32_t r = 0; r < num_records(); ++r) {
     const Record& record = records_[r];
     const bool holds = record.state != RecordState::absent;
@@ -713,8 +717,10 @@ void Core::check_invariants() const {
     loading += record.state == RecordState::loading;
     if (record.state == RecordState::loading && record.transfer != Priority::demand)
       speculation += record.num_pages;
-    require(record.state != RecordState::resident || record.num_pages == 0 || record.in_heap,
-            "a resident record can be found for eviction");
+    require(
+        (record.heap_entry != 0) == (record.state == RecordState::resident && record.num_pages > 0),
+        "a record can be found for eviction exactly while it is resident");
+    if (record.state == RecordState::resident) resident_bytes += record.info.bytes;
     require(record.waiters.empty() || record.state == RecordState::loading,
             "needs wait only for records that are on their way");
     require(!queue_.contains(r) || record.state == RecordState::absent,
@@ -739,6 +745,15 @@ void Core::check_invariants() const {
   require(pool_.mapped_slabs() - pool_.draining_slabs() <= target_slabs_,
           "the budget bounds what is used");
   require(loading == num_loading_, "reads are counted right");
+  require(resident_bytes == resident_bytes_, "resident bytes are counted right");
+  std::vector<int> entries(records_.size(), 0);
+  for (const Coldness& entry : heap_)
+    if (records_[entry.record].heap_entry == entry.entry) {
+      ++entries[entry.record];
+      require(!(coldness(entry.record) < entry), "no entry is hotter than its record");
+    }
+  for (int32_t r = 0; r < num_records(); ++r)
+    require(entries[r] == (records_[r].heap_entry != 0), "one valid entry per resident record");
   require(speculation == speculation_loading_pages_, "speculative pages are counted right");
   for (const auto& [id, session] : sessions_) {
     int32_t num_loading = 0, num_handed = 0;

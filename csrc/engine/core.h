@@ -78,7 +78,7 @@ class Core {
   void pump();                            // starts what was requested, as far as it may run
   int64_t evict(int32_t record);          // pages freed
   void pin(int32_t record, bool pinned);  // throws BudgetError if too little is left for sessions
-  void set_value(int32_t record, float value) { records_[record].value = value; }
+  void set_value(int32_t record, float value);
   void values_changed();  // after set_value
 
   // Memory.
@@ -111,7 +111,7 @@ class Core {
   int target_slabs() const { return target_slabs_; }
   int64_t loading() const { return num_loading_; }
   int64_t reclaiming_pages() const { return static_cast<int64_t>(reclaiming_.size()); }
-  int64_t resident_bytes() const;  // payload
+  int64_t resident_bytes() const { return resident_bytes_; }  // payload
   int64_t num_sessions() const { return static_cast<int64_t>(sessions_.size()); }
   std::string fingerprint() const;  // equal for states that behave alike (ids of sessions included)
   void check_invariants() const;    // throws std::logic_error
@@ -147,8 +147,8 @@ class Core {
     Priority transfer = Priority::demand;  // class of the running or last read
     bool speculative = false;              // resident or loading, and no need has asked for it yet
     bool user_pinned = false;
-    bool in_heap = false;
-    int32_t pins = 0;  // needs that rely on it
+    uint64_t heap_entry = 0;  // number of its valid entry in the heap, 0: none
+    int32_t pins = 0;         // needs that rely on it
     float value = 0;
     uint64_t last_use = 0;
     std::vector<int32_t> pages;
@@ -160,6 +160,7 @@ class Core {
     float value;
     uint64_t last_use;
     int32_t record;
+    uint64_t entry = 0;
     bool operator<(const Coldness& o) const {
       if (value != o.value) return value < o.value;
       if (last_use != o.last_use) return last_use < o.last_use;
@@ -214,15 +215,18 @@ class Core {
   std::vector<int32_t> page_owner_;  // [pages ever mapped] record, or -1
   std::map<int32_t, SessionEntry> sessions_;
   std::vector<int32_t> woken_;
-  // One entry per resident record, its key perhaps out of date: uses only make a record hotter, so
-  // the true coldest is found by putting stale entries back. Pinning costs nothing this way.
+  // One valid entry per resident record, its key perhaps too cold: uses only make a record hotter,
+  // so the true coldest is found by putting such entries back. Pinning costs nothing this way. A
+  // value that is lowered makes a new entry, and the old one invalid.
   std::vector<Coldness> heap_;
+  uint64_t heap_entries_ = 0;  // numbers given out
   std::vector<Reclaim> reclaiming_;
   std::vector<int32_t> expert_firsts_;  // first record of each expert
   int target_slabs_ = 0;
   int32_t next_session_ = 0;
   uint64_t clock_ = 0;  // sessions opened; `last_use` is in its unit
   int64_t num_loading_ = 0;
+  int64_t resident_bytes_ = 0;
   int64_t speculation_loading_pages_ = 0;
   int64_t user_pinned_pages_ = 0;
   int64_t demand_reserve_pages_ = 0;  // largest need that a session has asked for

@@ -35,21 +35,22 @@ int find_run(const std::vector<uint64_t>& bits, int size, int count, int& longes
 }  // namespace
 
 PagePool::PagePool(int pages_per_slab, int max_slabs)
-    : pages_per_slab_(pages_per_slab), slabs_(max_slabs) {}
+    : pages_per_slab_(pages_per_slab), max_slabs_(max_slabs) {}
 
 bool PagePool::is_free(int32_t page) const {
-  const Slab& slab = slabs_[slab_of(page)];
+  if (!is_mapped(slab_of(page))) return false;
   const int i = page % pages_per_slab_;
-  return slab.mapped && (slab.free[i / 64] >> (i % 64) & 1);
+  return slabs_[slab_of(page)].free[i / 64] >> (i % 64) & 1;
 }
 
 int PagePool::slab_to_map() const {
   for (int s = 0; s < num_slabs(); ++s)
     if (!slabs_[s].mapped) return s;
-  return -1;
+  return num_slabs() < max_slabs_ ? num_slabs() : -1;
 }
 
 void PagePool::map(int s) {
+  if (s >= num_slabs()) slabs_.resize(s + 1);
   Slab& slab = slabs_[s];
   if (slab.mapped) throw std::logic_error("PagePool::map: slab is mapped already");
   slab.mapped = true;
@@ -61,14 +62,16 @@ void PagePool::map(int s) {
 }
 
 void PagePool::unmap(int s) {
+  if (!is_mapped(s)) throw std::logic_error("PagePool::unmap: slab is not mapped");
   Slab& slab = slabs_[s];
-  if (!slab.mapped || slab.num_free != pages_per_slab_)
-    throw std::logic_error("PagePool::unmap: slab is not mapped or has used pages");
+  if (slab.num_free != pages_per_slab_)
+    throw std::logic_error("PagePool::unmap: slab has used pages");
   set_draining(s, false);
   slab.mapped = false;
   slab.free = {};
   --mapped_slabs_;
   free_pages_ -= pages_per_slab_;
+  while (!slabs_.empty() && !slabs_.back().mapped) slabs_.pop_back();
 }
 
 void PagePool::set_draining(int s, bool draining) {
@@ -117,10 +120,10 @@ void PagePool::allocate(int64_t count, std::vector<int32_t>& pages) {
 }
 
 void PagePool::free(int32_t page) {
+  if (!is_mapped(slab_of(page)) || is_free(page))
+    throw std::logic_error("PagePool::free: page is free already");
   Slab& slab = slabs_[slab_of(page)];
   const int i = page % pages_per_slab_;
-  if (!slab.mapped || (slab.free[i / 64] >> (i % 64) & 1))
-    throw std::logic_error("PagePool::free: page is free already");
   slab.free[i / 64] |= uint64_t{1} << (i % 64);
   ++slab.num_free;
   slab.longest_run = pages_per_slab_;

@@ -12,13 +12,15 @@ class PagePool {
   PagePool(int pages_per_slab, int max_slabs);
 
   int pages_per_slab() const { return pages_per_slab_; }
+  // Slabs from here on are not mapped. Grows as needed: an address space may have a million slabs.
   int num_slabs() const { return static_cast<int>(slabs_.size()); }
+  int max_slabs() const { return max_slabs_; }
   int slab_of(int32_t page) const { return page / pages_per_slab_; }
   int mapped_slabs() const { return mapped_slabs_; }  // draining ones included
   int draining_slabs() const { return draining_slabs_; }
   int64_t free_pages() const { return free_pages_; }  // of slabs that are mapped and not draining
-  bool is_mapped(int slab) const { return slabs_[slab].mapped; }
-  bool is_draining(int slab) const { return slabs_[slab].draining; }
+  bool is_mapped(int slab) const { return slab < num_slabs() && slabs_[slab].mapped; }
+  bool is_draining(int slab) const { return slab < num_slabs() && slabs_[slab].draining; }
   bool is_free(int32_t page) const;
   int used_pages(int slab) const { return pages_per_slab_ - slabs_[slab].num_free; }
 
@@ -46,6 +48,7 @@ class PagePool {
   void take(int slab, int first, int count, std::vector<int32_t>& pages);
 
   int pages_per_slab_;
+  int max_slabs_;
   int mapped_slabs_ = 0;
   int draining_slabs_ = 0;
   int64_t free_pages_ = 0;

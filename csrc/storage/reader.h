@@ -28,7 +28,7 @@ struct ReaderConfig {
   int depth = 4;  // requests in flight
   bool direct = true;
   bool verify = true;
-  std::string kind = "auto";  // "threads", "uring", or the faster one that works here
+  std::string kind = "auto";  // "threads", or io_uring where it works ("uring" and "auto")
   // The system call of the thread reader; tests put errors and short reads here.
   ssize_t (*preadv)(int, const iovec*, int, off_t) = ::preadv;
 };

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "../storage/crc32c.h"
+#include "../storage/raw_read.h"
 #include "../storage/reader.h"
 #include "check.h"
 
@@ -354,7 +355,21 @@ static void test_stop(const std::string& kind) {
   CHECK(results.done.size() == done);
 }
 
+static void test_raw_read() {
+  Store store({100000});
+  CHECK_THROWS(raw_read_seconds(store.path, 0, 100, 4096, 1), std::invalid_argument,
+               "multiples of 4096");
+  CHECK_THROWS(raw_read_seconds("/nonexistent", 0, 4096, 4096, 1), std::runtime_error,
+               "/nonexistent");
+  try {
+    CHECK(raw_read_seconds(store.path, 0, 102400 / 4096 * 4096, 8192, 3) > 0);
+  } catch (const std::runtime_error& error) {  // a file system without O_DIRECT
+    CHECK(std::string(error.what()).find(store.path) != std::string::npos);
+  }
+}
+
 int main() {
+  test_raw_read();
   test_crc32c();
   std::printf("crc32c: %s\n", crc32c_isa());
   for (const char* kind : {"threads", "uring"}) {
