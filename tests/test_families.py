@@ -127,22 +127,45 @@ def test_same_as_eager(family):
 def test_bf16_no_further_from_fp32_than_eager(family):
     if not supported(family):
         pytest.skip("listed in docs/families.md")
-    # One run may meet a near tie in a router, where rounding flips an expert: then two of three count.
-    ratio = error_ratio(family, seed=0)
-    if ratio > 2:
-        ratio = sorted([ratio, error_ratio(family, seed=1), error_ratio(family, seed=2)])[1]
-    assert ratio <= 2, f"{ratio:.2f} times eager's own rms distance from its float32 run"
+    # Rounding may flip an expert at a near tie in a router, which moves logits far more than it moves
+    # the experts' results (transformers' own implementations part there, too): another draw is taken.
+    for seed in range(8):
+        ours, theirs, same_routing = errors(family, seed)
+        if same_routing:
+            assert ours <= 2 * theirs + 5e-6, f"rms error {ours:.2e}, eager's own {theirs:.2e}"
+            return
+    pytest.fail("in eight draws of weights the routing was never eager's")
 
 
-def error_ratio(family: str, seed: int) -> float:
+def errors(family: str, seed: int) -> tuple[float, float, bool]:
+    """Rms distance to eager's float32 run of comoe and of eager in bf16, and whether both route alike."""
     model = moe_families.build(family, torch.bfloat16, seed=seed)
-    eager = eager_results(model, lambda: logits(model))
+    eager, eager_routes = eager_results(model, lambda: routed_logits(model))
     with taken_over(model):
-        got = logits(model)
-    reference = logits(moe_families.build(family, torch.bfloat16, seed=seed).float())
-    ours = (got - reference).square().mean().sqrt()
-    theirs = (eager - reference).square().mean().sqrt()
-    return float(ours / (theirs + 5e-6))
+        got, routes = routed_logits(model)
+    model = moe_families.build(family, torch.bfloat16, seed=seed).float()
+    want = logits(model)
+    same = all(torch.equal(a, b) for a, b in zip(routes, eager_routes, strict=True))
+    ours, theirs = ((x - want).square().mean().sqrt().item() for x in (got, eager))
+    return ours, theirs, same
+
+
+def routed_logits(model) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Logits, and what each call of an experts module was told of the routing."""
+    routes = []
+
+    def note(module, args):
+        told = args[1].sort(-1).values if len(args) > 1 else args[0].ne(0).any(-1)
+        routes.append(told)
+
+    experts = [m for m in model.modules() if hasattr(m, "_comoe")]
+    experts = experts or [block.module for block in discover(model)]
+    hooks = [module.register_forward_pre_hook(note) for module in experts]
+    try:
+        return logits(model), routes
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
