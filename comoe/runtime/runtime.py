@@ -156,10 +156,6 @@ class Runtime:
         self._note_used(layer_idx, used)
         return out
 
-    def levels(self, layer_idx: int) -> tuple[int, int]:
-        """(least level to compute at, level wanted) of a layer's experts, as planned."""
-        return self.plan.min_level, self.plan.want_level
-
     def _predict(self, layer_idx: int, hidden: torch.Tensor) -> np.ndarray:
         """Records to read ahead while this layer computes: int32, most wanted first."""
         if self.plan.resident or not self.gauge.useful:
