@@ -61,7 +61,7 @@ class CpuBackend final : public Backend {
       return false;
     // Kernels read scattered pages at 32 GB/s from huge pages, at 21 GB/s without (2 cores, Zen 4).
     // Only a wish: where the system has none, small pages serve as well.
-    if (config_.slab_bytes >= kHuge)
+    if (config_.slab_bytes >= static_cast<int64_t>(kHuge))
       madvise(slab_address(slab), config_.slab_bytes, MADV_HUGEPAGE);
     return true;
   }
