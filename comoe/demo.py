@@ -18,12 +18,21 @@ from typing import Any
 from comoe import memory
 from comoe.config import format_bytes
 
-PROMPT = '''def read_lines(path):
-    """Return the lines of a text file, without their line ends."""
-'''
+PROMPT = '''import os
+
+
+class Reader:
+    """Reads lines from a file."""
+
+    def __init__(self, path):
+        self.path = path
+        self.lines = []
+
+    def read(self'''
 WINDOW, CONTEXT = 256, 64
 TEXT_BYTES = 24_000  # of held-out text; about 8,000 tokens
 QUICK_TEXT_BYTES = 1_500
+TEMPERATURE, SEED = 0.6, 2  # a small model's likeliest text goes round in circles
 SLACK = 1.1  # the pool is taken in slabs, so a level needs somewhat more than its own bytes
 
 
@@ -130,7 +139,14 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
     else:
         model = comoe.load(job["folder"], memory=job["memory"], exact=job["exact"])
         model.comoe.wait_ready()
-    result = generate_text(model, tokenizer, job["prompt"], max_tokens=job["max_tokens"])
+    result = generate_text(
+        model,
+        tokenizer,
+        job["prompt"],
+        max_tokens=job["max_tokens"],
+        temperature=TEMPERATURE,
+        seed=SEED,
+    )
     ids, num_bytes = encode(tokenizer, held_out_text(job["text_bytes"]))
     scored = score(model, ids, plan_windows(len(ids), WINDOW, CONTEXT))
     result |= {
