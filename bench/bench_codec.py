@@ -214,6 +214,8 @@ def speed(repeats: int) -> list[dict[str, object]]:
         encode_cpu = cpu_seconds(
             lambda expert=expert: _C.encode_expert(expert, [], 1, True), repeats
         )
+        with tempfile.TemporaryDirectory(dir=os.environ.get("COMOE_BENCH_DIR")) as folder:
+            pack_cpu = cpu_seconds(lambda folder=folder, pack=pack: pack(folder), repeats)
         crc_cpu = cpu_seconds(lambda block=block: _C.crc32c(block), repeats)
         low, encode, high = quantiles(times["encode"])
         median = {name: float(np.median(t)) for name, t in times.items()}
@@ -222,7 +224,7 @@ def speed(repeats: int) -> list[dict[str, object]]:
         print(
             f"encode H={hidden} I={intermediate} bf16 | {weights / encode / 1e6:.0f} M weights/s "
             f"({weights / high / 1e6:.0f}..{weights / low / 1e6:.0f}), {weights / encode_cpu / 1e6:.0f} per CPU second | "
-            f"crc32c {total / crc_cpu / 1e9:.1f} GB per CPU second, {crc_cpu / encode_cpu:.1%} of encoding | pack to disk {rate / 1e6:.0f} M weights/s, "
+            f"crc32c {total / crc_cpu / 1e9:.1f} GB per CPU second, {crc_cpu / encode_cpu:.1%} of encoding | pack to disk {rate / 1e6:.0f} M weights/s ({spec.num_experts * weights / pack_cpu / 1e6:.0f} per CPU second), "
             f"{disk / median['pack'] / 1e6:.0f} MB/s of {disk / median['plain_file'] / 1e6:.0f} for a plain file"
         )
         rows.append(
@@ -237,6 +239,7 @@ def speed(repeats: int) -> list[dict[str, object]]:
                 "crc32c_bytes_per_s": round(total / median["crc32c"]),
                 "crc32c_bytes_per_cpu_s": round(total / crc_cpu),
                 "pack_weights_per_s": round(rate),
+                "pack_per_cpu_s": round(spec.num_experts * weights / pack_cpu),
                 "pack_bytes_per_s": round(disk / median["pack"]),
                 "plain_file_bytes_per_s": round(disk / median["plain_file"]),
             }

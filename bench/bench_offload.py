@@ -54,7 +54,9 @@ def main() -> None:
         folder = args.folder
         if folder is None:
             source, folder = Path(scratch, "source"), Path(scratch, "packed")
-            make_checkpoint(source, layers=args.layers, experts=64, top_k=8, hidden=1024, intermediate=512)
+            make_checkpoint(
+                source, layers=args.layers, experts=64, top_k=8, hidden=1024, intermediate=512
+            )
             comoe.pack(source, folder)
         run(folder, args)
 
@@ -73,7 +75,10 @@ def run(folder: Path, args: argparse.Namespace) -> None:
         bandwidth = disk_bandwidth(folder, part.comoe.config.io_threads)
         seconds, before, after = decode(part, prompt, args.tokens)
         read = (after["bytes_read"]["disk"] - before["bytes_read"]["disk"]) / args.tokens
-        engine = {k: after["engine"][k] - before["engine"][k] for k in ("demand_bytes", "prefetch_used_bytes", "prefetch_joined_bytes")}
+        engine = {
+            k: after["engine"][k] - before["engine"][k]
+            for k in ("demand_bytes", "prefetch_used_bytes", "prefetch_joined_bytes")
+        }
         hidden = engine["prefetch_used_bytes"] + engine["prefetch_joined_bytes"]
         recall = hidden / max(hidden + engine["demand_bytes"], 1)
         disk = (hidden + engine["demand_bytes"]) / args.tokens / bandwidth

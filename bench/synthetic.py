@@ -1,6 +1,6 @@
 """Checkpoints of a stated shape with random weights, for timing: text from them means nothing.
 
-    python bench/synthetic.py FOLDER --layers 8 --experts 64 --top-k 8 --hidden 1024 --intermediate 512
+python bench/synthetic.py FOLDER --layers 8 --experts 64 --top-k 8 --hidden 1024 --intermediate 512
 """
 
 from __future__ import annotations
@@ -49,6 +49,12 @@ def make_checkpoint(
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    for name, default in (("layers", 8), ("experts", 64), ("top-k", 8), ("hidden", 1024), ("intermediate", 512)):
+    for name, default in (
+        ("layers", 8),
+        ("experts", 64),
+        ("top-k", 8),
+        ("hidden", 1024),
+        ("intermediate", 512),
+    ):
         parser.add_argument(f"--{name}", type=int, default=default)
     make_checkpoint(**vars(parser.parse_args()))

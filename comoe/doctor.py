@@ -14,6 +14,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from comoe import __version__, memory
 from comoe.config import format_bytes
 
@@ -41,7 +43,7 @@ def examine(folder: str | os.PathLike = ".", disk_bytes: int = 256 << 20) -> dic
         "gpus": gpus,
         "why_no_gpu": why_no_gpu,
         "bandwidth": {
-            "memory_read": memory_read_bandwidth(),
+            "memory_read": memory_read_bandwidth(native),
             "disk": disk_bandwidth(folder, disk_bytes),
         },
     }
@@ -99,19 +101,21 @@ def list_gpus(native: Any | None) -> tuple[list[dict[str, Any]], str]:
     return devices, why
 
 
-def memory_read_bandwidth(num_bytes: int = 512 << 20, repeats: int = 5) -> float:
-    """Bytes per second at which all of torch's threads together read memory (a sum over a block that
-    no cache holds): the median of `repeats`."""
-    import torch
-
-    num_bytes = min(num_bytes, memory.available() // 4)
-    block = torch.ones(max(num_bytes // 4, 1 << 20), dtype=torch.int32)
+def memory_read_bandwidth(
+    native: Any | None, num_bytes: int = 512 << 20, repeats: int = 5
+) -> float | None:
+    """Bytes per second at which the kernels' threads together read a block that no cache holds: the
+    median of `repeats`. None without the native module."""
+    if native is None:
+        return None
+    num_bytes = max(min(num_bytes, memory.available() // 4), 1 << 20)
+    block = np.ones(num_bytes, np.uint8)
     seconds = []
     for _ in range(repeats + 1):
         begin = time.perf_counter()
-        block.sum(dtype=torch.int32)
+        native.stream_read(block)
         seconds.append(time.perf_counter() - begin)
-    return block.numel() * 4 / statistics.median(seconds[1:])
+    return num_bytes / statistics.median(seconds[1:])
 
 
 def disk_bandwidth(folder: str | os.PathLike, num_bytes: int, threads: int = 4) -> dict[str, Any]:

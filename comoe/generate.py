@@ -69,6 +69,10 @@ def generate_text(
     if not prompt:
         raise ValueError("generate: the prompt is empty; give some text to continue")
     inputs = tokenizer(prompt, return_tensors="pt")
+    if inputs["input_ids"].shape[1] == 0:
+        raise ValueError(
+            "generate: the tokenizer makes no tokens of the prompt; is it this model's tokenizer?"
+        )
     inputs.pop("token_type_ids", None)
     if seed is not None:
         torch.manual_seed(seed)

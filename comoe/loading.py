@@ -48,6 +48,14 @@ def load_tokenizer(path: str | os.PathLike):
     """The tokenizer of a packed or unpacked folder, or of a hub id."""
     from transformers import AutoTokenizer
 
+    from comoe.packing import TOKENIZER_FILES
+
+    # transformers makes an empty tokenizer where it finds no file.
+    folder = Path(path)
+    if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise FileNotFoundError(
+            f"load_tokenizer: {folder} has no tokenizer ({', '.join(TOKENIZER_FILES)}); copy the original model's there"
+        )
     return AutoTokenizer.from_pretrained(path)
 
 

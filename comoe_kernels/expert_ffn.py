@@ -14,7 +14,9 @@ GIL. A row's result depends neither on the other rows nor on the number of threa
 Rounding. Levels 2, 3, 4: activations (x, and a) as int8 with one scale per 32 columns; level 8: as
 15-bit integers with one scale per 128; products are summed exactly in int32 per scale, then in
 float32. Exact bfloat16 weights and x: bfloat16 products, float32 sums, a rounded to bfloat16 (where
-the CPU has no such instruction: all in float32). Other exact weights: all in float32.
+the CPU has no such instruction: all in float32). Other exact weights: all in float32. Where x has
+16 bits, the results of each product and activation of exact experts are rounded to its dtype, as
+transformers' own experts do, so that greedy decoding seldom falls on another side of a near tie.
 """
 
 from __future__ import annotations
@@ -29,13 +31,15 @@ import torch.nn.functional as F
 from comoe import _C
 from comoe_kernels.unpack import DTYPES, check_tensor, packed_bytes, row_stride, unpack, unpack_bias
 
-PREFILL_ROWS = 32
-
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "quick_gelu", "swigluoai")
 
 
 def activate_ref(
-    gate: torch.Tensor | None, up: torch.Tensor, activation: str, alpha: float = 0.0, limit: float = 0.0
+    gate: torch.Tensor | None,
+    up: torch.Tensor,
+    activation: str,
+    alpha: float = 0.0,
+    limit: float = 0.0,
 ) -> torch.Tensor:
     """act(gate) * up, or act(up) without a gate."""
     if activation == "swigluoai":  # GPT-OSS: clamped, with alpha in the sigmoid and up + 1
@@ -61,14 +65,30 @@ def expert_ffn_ref(
     alpha: float = 0.0,
     limit: float = 0.0,
     round_activations: Callable[[torch.Tensor], torch.Tensor] = lambda v: v,
+    round_results: Callable[[torch.Tensor], torch.Tensor] = lambda v: v,
 ) -> torch.Tensor:
     """One expert on all rows of x [S, H], in float32 on dense matrices; `round_activations` is applied
-    to the inputs of each matrix product (see `rounding`)."""
+    to the inputs of each matrix product (see `rounding`), `round_results` to what comes out of each
+    product and activation (see `rounding_of_results`)."""
     biases = [b.float() for b in biases] if biases else [None] * len(matrices)
     x = round_activations(x.float())
-    *hidden, up = (F.linear(x, w.float(), b) for w, b in zip(matrices[:-1], biases[:-1], strict=True))
-    a = activate_ref(hidden[0] if hidden else None, up, activation, alpha, limit)
-    return F.linear(round_activations(a), matrices[-1].float(), biases[-1])
+    *hidden, up = (
+        round_results(F.linear(x, w.float(), b))
+        for w, b in zip(matrices[:-1], biases[:-1], strict=True)
+    )
+    if hidden and activation != "swigluoai":
+        a = round_results(activate_ref(None, hidden[0], activation)) * up
+    else:
+        a = activate_ref(hidden[0] if hidden else None, up, activation, alpha, limit)
+    a = round_activations(round_results(a))
+    return round_results(F.linear(a, matrices[-1].float(), biases[-1]))
+
+
+def rounding_of_results(level: int, x_dtype: torch.dtype) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Exact experts of a 16-bit model round to its dtype wherever transformers' own experts do."""
+    if level == 4 and x_dtype != torch.float32:
+        return lambda v: v.to(x_dtype).float()
+    return lambda v: v
 
 
 def rounding(level: int, exact_bf16: bool = False) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -109,6 +129,22 @@ def expert_ffn_bytes(
     return num_experts * (up * (2 if gated else 1) + down) + rows
 
 
+# From how many rows per expert `expert_ffn_prefill` beats `expert_ffn`, for levels 2 to 4, 8 and exact.
+# Measured in bf16 with bench/bench_unpack.py on a Zen 4 (2 threads, H=2048, I=768), whose torch has
+# AVX-512 BF16 but no AMX; with int8 products the kernel stays 1.3x ahead of torch at 1024 rows.
+PREFILL_ROWS = {
+    "avx512_vnni_bf16": (1 << 30, 192, 512),
+    "avx512": (56, 56, 64),
+    "avx2": (26, 26, 36),
+    "portable": (5, 5, 1),
+}
+
+
+def prefill_rows(level: int) -> int:
+    """Rows of one expert from which `expert_ffn_prefill` is the faster way, with the present ISA."""
+    return PREFILL_ROWS[_C.isa_name()][max(level - 2, 0)]
+
+
 @contextmanager
 def use_isa(isa: str | None):
     """Inside, kernels use this instruction set: "portable", "avx2", "avx512", "avx512_vnni_bf16"."""
@@ -138,12 +174,16 @@ def expert_ffn(
     hidden = experts[0].hidden if experts else None
     check_tensor("expert_ffn", "x", x, (None, hidden))
     if activation not in ACTIVATIONS:
-        raise ValueError(f"expert_ffn: activation: expected one of {ACTIVATIONS}, got {activation!r}")
+        raise ValueError(
+            f"expert_ffn: activation: expected one of {ACTIVATIONS}, got {activation!r}"
+        )
     if out is None:
         out = torch.zeros(num_pairs, x.shape[1])
     check_tensor("expert_ffn", "out", out, (num_pairs, x.shape[1]), (torch.float32,))
     if not out.is_contiguous():
-        raise ValueError(f"expert_ffn: out: expected a contiguous tensor, got strides {out.stride()}")
+        raise ValueError(
+            f"expert_ffn: out: expected a contiguous tensor, got strides {out.stride()}"
+        )
     with use_isa(isa):
         _C.expert_ffn(
             list(experts),
@@ -168,7 +208,9 @@ def combine_pairs_ref(
     """sum over k of weights[t, k] * pair_out[t * K + k], without pairs whose expert is not in [0, E)."""
     T, K = weights.shape
     valid = (expert_idx >= 0) & (expert_idx < num_experts)
-    rows = torch.where(valid[..., None], pair_out.float().view(T, K, pair_out.shape[1]), torch.zeros(()))
+    rows = torch.where(
+        valid[..., None], pair_out.float().view(T, K, pair_out.shape[1]), torch.zeros(())
+    )
     return (rows * torch.where(valid, weights.float(), torch.zeros(()))[..., None]).sum(1)
 
 
@@ -192,7 +234,9 @@ def combine_pairs(
     check_tensor("combine_pairs", "out", out, (T, hidden), (dtype,))
     for name, tensor in (("pair_out", pair_out), ("out", out)):
         if not tensor.is_contiguous():
-            raise ValueError(f"combine_pairs: {name}: expected a contiguous tensor, got strides {tensor.stride()}")
+            raise ValueError(
+                f"combine_pairs: {name}: expected a contiguous tensor, got strides {tensor.stride()}"
+            )
     weights, expert_idx = weights.float().contiguous(), expert_idx.contiguous()
     _C.combine_pairs(
         pair_out.data_ptr(),
@@ -244,7 +288,9 @@ def expert_ffn_prefill(
     check_tensor("expert_ffn_prefill", "x", x, (None, expert.hidden))
     workspace = workspace or Workspace()
 
-    def linear(v: torch.Tensor, matrix: int, rows: int, out: torch.Tensor | None = None) -> torch.Tensor:
+    def linear(
+        v: torch.Tensor, matrix: int, rows: int, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         weight = unpack(expert, matrix, out=workspace.matrix(rows, v.shape[1], v.dtype))
         result = torch.matmul(v, weight.T, out=out)
         return result.add_(unpack_bias(expert, matrix).to(v.dtype)) if expert.biased else result

@@ -3,6 +3,10 @@
 Two thread pools on the same cores hurt each other: the idle one spins while the other works. Where
 torch's OpenMP is libgomp, `share_torch_threads` hands the native code its entry point; elsewhere the
 native pool, which stops spinning after 20 us, stays in use.
+
+Measured with bench/bench_threads.py (a 2048 x 2048 product in torch and an expert_ffn call in turn, 2
+threads): undisturbed, sharing takes 1.8 to 1.9 ms a pair and the native pool 2.1 to 2.2. On cores that
+five other processes keep busy both suffer and libgomp's spinning barriers more (70 ms against 27).
 """
 
 from __future__ import annotations

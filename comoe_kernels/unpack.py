@@ -64,7 +64,10 @@ def paged_expert(
 def unpack_bytes(expert: _C.PagedExpert, matrix: int, out_dtype: torch.dtype) -> int:
     """Bytes read and written by `unpack`; padding and group parameters included."""
     rows, cols = matrix_shape(expert, matrix)
-    return packed_bytes(rows, cols, expert.level, expert.exact_dtype) + rows * cols * out_dtype.itemsize
+    return (
+        packed_bytes(rows, cols, expert.level, expert.exact_dtype)
+        + rows * cols * out_dtype.itemsize
+    )
 
 
 def packed_bytes(rows: int, cols: int, level: int, exact_dtype: int) -> int:
@@ -112,9 +115,13 @@ def check_tensor(op: str, name: str, tensor, shape: tuple[int | None, ...], dtyp
         raise TypeError(f"{op}: {name}: expected a torch.Tensor, got {type(tensor).__name__}")
     dtypes = tuple(dtypes or DTYPES)
     if tensor.dtype not in dtypes:
-        raise TypeError(f"{op}: {name}: expected dtype in {[str(d) for d in dtypes]}, got {tensor.dtype}")
+        raise TypeError(
+            f"{op}: {name}: expected dtype in {[str(d) for d in dtypes]}, got {tensor.dtype}"
+        )
     if tensor.device.type != "cpu":
-        raise ValueError(f"{op}: {name}: expected a CPU tensor, got one on {tensor.device}; move it")
+        raise ValueError(
+            f"{op}: {name}: expected a CPU tensor, got one on {tensor.device}; move it"
+        )
     fits = len(shape) == tensor.dim() and all(
         want is None or want == have for want, have in zip(shape, tensor.shape, strict=True)
     )
@@ -127,4 +134,6 @@ def check_tensor(op: str, name: str, tensor, shape: tuple[int | None, ...], dtyp
             f"{op}: {name}: expected a contiguous last dimension, got strides {tensor.stride()}; call .contiguous()"
         )
     if tensor.dim() == 2 and tensor.shape[0] > 1 and tensor.stride(0) < tensor.shape[1]:
-        raise ValueError(f"{op}: {name}: expected rows that do not overlap, got strides {tensor.stride()}")
+        raise ValueError(
+            f"{op}: {name}: expected rows that do not overlap, got strides {tensor.stride()}"
+        )

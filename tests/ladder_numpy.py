@@ -20,7 +20,9 @@ def blocks_of(matrix: np.ndarray) -> np.ndarray:
     rows, cols = matrix.shape
     padded = np.zeros((-(-rows // 16) * 16, -(-cols // 32) * 32), matrix.dtype)
     padded[:rows, :cols] = matrix
-    tiles = padded.reshape(padded.shape[0] // 16, 16, padded.shape[1] // 32, 32).transpose(0, 2, 1, 3)
+    tiles = padded.reshape(padded.shape[0] // 16, 16, padded.shape[1] // 32, 32).transpose(
+        0, 2, 1, 3
+    )
     return tiles.reshape(-1, 16, 32)
 
 
@@ -100,13 +102,17 @@ def random_expert(
         scale_q = rng.integers(0, 256, (tiles * 16, groups), dtype=np.uint8)
         zero_q = rng.integers(96, 160, (tiles * 16, groups), dtype=np.uint8)
         tables = [np.sort(rng.integers(0, 256, 1 << b).astype(np.uint8)) for b in (2, 3, 4)]
-        header = np.concatenate([np.array([log2_min, log2_step], np.float32).view(np.uint8), *tables])
+        header = np.concatenate(
+            [np.array([log2_min, log2_step], np.float32).view(np.uint8), *tables]
+        )
         headers.append(pad_to(header, 64))
         both = np.stack([scale_q, zero_q])  # [2, tiles * 16, groups] -> [tiles, groups, 2, 16]
         params.append(both.reshape(2, tiles, 16, groups).transpose(1, 3, 0, 2).reshape(-1))
         for plane, packed in zip(planes, pack_planes(codes), strict=True):
             plane.append(packed)
-        scale = np.exp2(np.float64(log2_min) + np.float64(log2_step) * scale_q)[:rows].repeat(128, 1)[:, :cols]
+        scale = np.exp2(np.float64(log2_min) + np.float64(log2_step) * scale_q)[:rows].repeat(
+            128, 1
+        )[:, :cols]
         zero = zero_q[:rows].astype(np.float64).repeat(128, 1)[:, :cols]
         for level, bits in enumerate((2, 3, 4, 8)):
             value = codes if bits == 8 else tables[level][codes >> (8 - bits)]
@@ -114,7 +120,9 @@ def random_expert(
         weight = torch.from_numpy(rng.standard_normal((rows, cols)).astype(np.float32) / cols**0.5)
         weight = weight.to(exact_dtype)
         dense[4].append(weight.float())
-        exact.append(pack_exact(weight.view(torch.uint32 if weight.itemsize == 4 else torch.uint16).numpy()))
+        exact.append(
+            pack_exact(weight.view(torch.uint32 if weight.itemsize == 4 else torch.uint16).numpy())
+        )
         bias = torch.from_numpy(rng.standard_normal(rows).astype(np.float32)).to(exact_dtype)
         for level in range(5):
             biases[level].append(bias.float())
@@ -131,5 +139,12 @@ def random_expert(
         else np.concatenate(exact)
     )
     return LadderExpert(
-        hidden, intermediate, gated, biased, exact_dtype, payloads, dense, biases if biased else [[]] * 5
+        hidden,
+        intermediate,
+        gated,
+        biased,
+        exact_dtype,
+        payloads,
+        dense,
+        biases if biased else [[]] * 5,
     )

@@ -16,7 +16,7 @@ transformers = pytest.importorskip("transformers")
 FOLDER = Path(__file__).resolve().parent.parent / "comoe" / "demo_model"
 SLICE_BYTES = 20_000
 CONTEXT = 1024
-BOUND = 9.99  # bits per byte; measured X.XXX on Python 3.11, and three per cent
+BOUND = 1.05  # bits per byte; measured 0.995 to 1.021 on Python 3.10 to 3.13, and three per cent
 
 
 @pytest.fixture(scope="module")

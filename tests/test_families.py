@@ -19,12 +19,19 @@ import comoe
 from comoe.hf.blocks import UnsupportedModelError, discover
 from comoe.hf.layouts import InterfaceLayout
 from comoe.hf.routers import find_gate
+from comoe.hf.sizes import experts_per_token
 
 DOCS = Path(__file__).parents[1] / "docs" / "families.md"
 FAMILIES = moe_families.families()
+# The tiny configurations are made for this version; under another, a family on which eager itself fails
+# is skipped.
+VERSION = re.search(r"for transformers (\S+);", DOCS.read_text())[1] if DOCS.exists() else ""
 NEW_TOKENS = 5
 # Models on which eager's own float32 run is 1e-4 from its float64 run: another draw of weights.
 SEEDS = {"qwen3_next": 1}
+NOTES = {
+    "nllb_moe": "transformers 5.23 runs experts 0 and 1 whatever the router says; comoe gives the same",
+}
 
 
 @pytest.fixture(autouse=True)
@@ -67,6 +74,17 @@ def greedy(model) -> torch.Tensor | None:
     )
 
 
+def eager_results(model, run):
+    try:
+        return run()
+    except Exception as error:
+        if transformers.__version__ == VERSION:
+            raise
+        pytest.skip(
+            f"eager {type(model).__name__} of transformers {transformers.__version__}: {error}"
+        )
+
+
 @contextlib.contextmanager
 def taken_over(model):
     """`model` on its exact weights in comoe's store."""
@@ -97,7 +115,7 @@ def test_same_as_eager(family):
         pytest.skip(f"listed in docs/families.md: {reason}")
     seed = SEEDS.get(family, 0)
     model = moe_families.build(family, seed=seed)
-    want, want_tokens = logits(model), greedy(model)
+    want, want_tokens = eager_results(model, lambda: (logits(model), greedy(model)))
     assert want.abs().max() > 0.05, "a model of nothing proves nothing"
     with taken_over(model):
         torch.testing.assert_close(logits(model), want, rtol=0, atol=1e-4)
@@ -109,22 +127,45 @@ def test_same_as_eager(family):
 def test_bf16_no_further_from_fp32_than_eager(family):
     if not supported(family):
         pytest.skip("listed in docs/families.md")
-    # One run may meet a near tie in a router, where rounding flips an expert: then two of three count.
-    ratio = error_ratio(family, seed=0)
-    if ratio > 2:
-        ratio = sorted([ratio, error_ratio(family, seed=1), error_ratio(family, seed=2)])[1]
-    assert ratio <= 2, f"{ratio:.2f} times eager's own rms distance from its float32 run"
+    # Rounding may flip an expert at a near tie in a router, which moves logits far more than it moves
+    # the experts' results (transformers' own implementations part there, too): another draw is taken.
+    for seed in range(8):
+        ours, theirs, same_routing = errors(family, seed)
+        if same_routing:
+            assert ours <= 2 * theirs + 5e-6, f"rms error {ours:.2e}, eager's own {theirs:.2e}"
+            return
+    pytest.fail("in eight draws of weights the routing was never eager's")
 
 
-def error_ratio(family: str, seed: int) -> float:
+def errors(family: str, seed: int) -> tuple[float, float, bool]:
+    """Rms distance to eager's float32 run of comoe and of eager in bf16, and whether both route alike."""
     model = moe_families.build(family, torch.bfloat16, seed=seed)
-    eager = logits(model)
+    eager, eager_routes = eager_results(model, lambda: routed_logits(model))
     with taken_over(model):
-        got = logits(model)
-    reference = logits(moe_families.build(family, torch.bfloat16, seed=seed).float())
-    ours = (got - reference).square().mean().sqrt()
-    theirs = (eager - reference).square().mean().sqrt()
-    return float(ours / (theirs + 5e-6))
+        got, routes = routed_logits(model)
+    model = moe_families.build(family, torch.bfloat16, seed=seed).float()
+    want = logits(model)
+    same = all(torch.equal(a, b) for a, b in zip(routes, eager_routes, strict=True))
+    ours, theirs = ((x - want).square().mean().sqrt().item() for x in (got, eager))
+    return ours, theirs, same
+
+
+def routed_logits(model) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Logits, and what each call of an experts module was told of the routing."""
+    routes = []
+
+    def note(module, args):
+        told = args[1].sort(-1).values if len(args) > 1 else args[0].ne(0).any(-1)
+        routes.append(told)
+
+    experts = [m for m in model.modules() if hasattr(m, "_comoe")]
+    experts = experts or [block.module for block in discover(model)]
+    hooks = [module.register_forward_pre_hook(note) for module in experts]
+    try:
+        return logits(model), routes
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -147,22 +188,23 @@ def test_canonical_matrices_rebuild_the_tensors(family):
 def rows() -> list[tuple[str, ...]]:
     out = []
     for family in FAMILIES:
-        model = moe_families.build_meta(family)
+        model = moe_families.build(family)
         name = type(model).__name__
         try:
             blocks = discover(model)
         except UnsupportedModelError as error:
             out.append((family, name, "no", "", "", re.sub(r"^discover: ", "", str(error))))
             continue
-        block = blocks[-1]
-        spec = block.spec
-        where = spec.activation or "its own, in torch"
-        if spec.post_norm is not None:
+        kinds = dict.fromkeys(block.spec.activation or "its own, in torch" for block in blocks)
+        where = ", ".join(kinds)
+        if blocks[0].spec.post_norm is not None:
             where += ", then a norm in torch"
-        gates = [find_gate(model, b) for b in blocks]
-        call = "interface" if type(block.layout) is InterfaceLayout else "adapter"
-        note = "" if model.can_generate() else "text stack alone is tested"
-        out.append((family, name, call, where, "yes" if all(gates) else "no", note))
+        gates = [find_gate(model, block, experts_per_token(model)) for block in blocks]
+        call = "interface" if type(blocks[0].layout) is InterfaceLayout else "adapter"
+        notes = [NOTES[family]] if family in NOTES else []
+        if not model.can_generate():
+            notes.append("text stack alone is tested")
+        out.append((family, name, call, where, "yes" if all(gates) else "no", "; ".join(notes)))
     return out
 
 
@@ -182,6 +224,10 @@ distance from the float32 run is at most twice eager's own.
   torch give the same results, more slowly.
 - *prefetch*: whether the next layer's router is understood, so that its experts are read ahead.
 
+Whole models are packed from bf16, fp16 or fp32 checkpoints. A checkpoint that is itself quantised (FP8,
+MXFP4, GPTQ and others) is refused with a message: save a dequantised copy with transformers first. `exact`
+then means the bits of that copy.
+
 | family | class tested | experts | activation | prefetch | note |
 |---|---|---|---|---|---|
 {body}
@@ -189,11 +235,9 @@ distance from the float32 run is at most twice eager's own.
 
 
 def test_docs_are_up_to_date():
-    text = DOCS.read_text()
-    written_for = re.search(r"for transformers (\S+);", text)[1]
-    if written_for != transformers.__version__:
-        pytest.skip(f"docs/families.md is for transformers {written_for}")
-    assert text == document(), "run: python tests/test_families.py --write-docs"
+    if transformers.__version__ != VERSION:
+        pytest.skip(f"docs/families.md is for transformers {VERSION}")
+    assert DOCS.read_text() == document(), "run: python tests/test_families.py --write-docs"
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ import fcntl
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections import namedtuple
 
 import moe_families
@@ -13,6 +15,7 @@ import pytest
 import torch
 from reference_runtime import ReferenceRuntime
 from safetensors.torch import load_file, save_file
+from test_families import supported
 
 from comoe import packing
 from comoe.hf.blocks import discover
@@ -61,6 +64,8 @@ def files(folder):
 @pytest.mark.filterwarnings("ignore:.*no tokenizer")
 @pytest.mark.parametrize("family", ROUND_TRIP)
 def test_round_trip(family, tmp_path):
+    if not supported(family):
+        pytest.skip(f"this transformers' {family} is not supported")
     model = moe_families.build(family, torch.bfloat16)
     model.save_pretrained(tmp_path / "src")
     assert pack(tmp_path / "src", tmp_path / "dst") == tmp_path / "dst"
@@ -294,3 +299,45 @@ def test_disk_full_on_the_way(src, tmp_path, monkeypatch):
             pack(src, tmp_path / "dst")
     assert not (tmp_path / "dst").exists()
     pack(src, tmp_path / "dst")
+
+
+PEAK = """
+import sys, torch
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from comoe import memory
+from comoe.packing import pack
+
+def source(folder, layers, experts, hidden):
+    config = Qwen3MoeConfig(
+        vocab_size=64, hidden_size=hidden, moe_intermediate_size=hidden, num_hidden_layers=layers,
+        num_experts=experts, num_experts_per_tok=2, num_attention_heads=2, num_key_value_heads=1,
+        intermediate_size=64, head_dim=32,
+    )
+    Qwen3MoeForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+
+root = sys.argv[1]
+if sys.argv[2] == "make":
+    source(root + "/small", 1, 4, 64)
+    source(root + "/large", 8, 24, 512)
+else:
+    pack(root + "/small", root + "/small-packed")
+    before = memory.rss()
+    assert memory.reset_peak()
+    pack(root + "/large", root + "/large-packed")
+    print(memory.peak_rss() - before)
+"""
+
+
+@pytest.mark.slow
+def test_one_layer_in_memory(tmp_path):
+    """Eight layers of 38 MB; what the process grows by is two of them and not eight."""
+
+    def run(what):
+        command = [sys.executable, "-W", "ignore", "-c", PEAK, str(tmp_path), what]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    run("make")
+    layer = Checkpoint(tmp_path / "large").block_bytes(0)
+    assert layer == 24 * 3 * 512 * 512 * 2
+    growth = int(run("pack"))
+    assert growth <= 2 * layer + 60_000_000, f"{growth / layer:.1f} layers"

@@ -286,3 +286,30 @@ def test_peak_memory_keeps_the_promise(large, share, mode):
     result = json.loads(run.stdout.splitlines()[-1])
     assert result["stats"]["expert_bytes_exact"] > 240e6
     assert result["peak"] <= result["baseline"] + budget + max(0.03 * budget, 64e6)
+
+
+GIVE_BACK = """
+import json, sys, torch, comoe
+from comoe import memory
+model = comoe.load(sys.argv[1], memory="330MB", exact=True)
+model.comoe.wait_ready()
+seen = [memory.rss()]
+for size in ("90MB", "330MB", "90MB"):
+    model.comoe.set_memory(size)
+    model.comoe.wait_ready()
+    model(torch.arange(1, 5)[None])
+    seen.append(memory.rss())
+print(json.dumps(seen))
+"""
+
+
+@pytest.mark.slow
+def test_set_memory_gives_memory_back_to_the_system(large):
+    run = subprocess.run(
+        [sys.executable, "-c", GIVE_BACK, str(large)], capture_output=True, text=True, timeout=280
+    )
+    assert run.returncode == 0, run.stderr
+    full, small, again, last = json.loads(run.stdout.splitlines()[-1])
+    # 252 MB of experts when all fit, some 80 MB of them in a budget of 90 MB
+    for before, after in ((full, small), (again, small), (again, last)):
+        assert before - after > 0.9 * 170e6

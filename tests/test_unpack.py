@@ -29,7 +29,9 @@ def test_matches_numpy(isa, exact_dtype, shape):
                     assert torch.equal(got.view(torch.uint8), dense.to(dtype).view(torch.uint8))
                 else:
                     # scale = exp2(...) is good to a few units of float32, then one rounding to dtype
-                    torch.testing.assert_close(got, dense.to(dtype), rtol=max(1e-6, torch.finfo(dtype).eps), atol=1e-7)
+                    torch.testing.assert_close(
+                        got, dense.to(dtype), rtol=max(1e-6, torch.finfo(dtype).eps), atol=1e-7
+                    )
             assert torch.equal(unpack_bias(paged, m), expert.biases[level][m])
 
 
@@ -61,7 +63,9 @@ def test_writes_only_the_matrix(isa):
             inside = torch.zeros_like(big, dtype=torch.bool)
             inside[1:-1, 4 : 4 + 37] = True
             assert (big[~inside] == 7).all()
-            torch.testing.assert_close(big[1:-1, 4 : 4 + 37].float(), expert.dense[level][0], rtol=0.01, atol=1e-5)
+            torch.testing.assert_close(
+                big[1:-1, 4 : 4 + 37].float(), expert.dense[level][0], rtol=0.01, atol=1e-5
+            )
 
 
 def test_page_size_and_order_do_not_matter():
@@ -70,7 +74,10 @@ def test_page_size_and_order_do_not_matter():
     for level in range(5):
         want = unpack(expert.paged(level), 1, torch.float32)
         for page_bytes in (4096, 12288, 1 << 20):
-            assert torch.equal(unpack(expert.paged(level, page_bytes=page_bytes, order=rng), 1, torch.float32), want)
+            assert torch.equal(
+                unpack(expert.paged(level, page_bytes=page_bytes, order=rng), 1, torch.float32),
+                want,
+            )
 
 
 def test_bytes_count_what_is_stored():
@@ -80,7 +87,9 @@ def test_bytes_count_what_is_stored():
     stored.append(len(expert.payloads[4]))
     headers = [3 * 64] * 4 + [0]
     for level in range(5):
-        counted = sum(unpack_bytes(expert.paged(level), m, torch.bfloat16) - 256 * 128 * 2 for m in range(3))
+        counted = sum(
+            unpack_bytes(expert.paged(level), m, torch.bfloat16) - 256 * 128 * 2 for m in range(3)
+        )
         assert counted + headers[level] <= stored[level] < counted + headers[level] + 128
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import typer
 
 from comoe.cli import commands
-from comoe.cli.common import UNEXPECTED, one_line
+from comoe.cli.common import UNEXPECTED, one_line, warning_line
 
 # Wrong usage. typer brought click along until 0.28 and has a copy of its own since; either way the
 # base of its errors is the one that BadParameter has.
@@ -32,31 +32,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status: 0, 1 (error), 2 (wrong usage), 130 (Ctrl-C)."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = arguments[:1] == ["--debug"]
-    warnings.formatwarning = lambda message, *rest: f"warning: {' '.join(str(message).split())}\n"
     try:
-        result = app(arguments, standalone_mode=False, prog_name="comoe")
+        status = app(arguments, standalone_mode=False, prog_name="comoe")
         sys.stdout.flush()
-        return result if isinstance(result, int) else 0
+        status = status if isinstance(status, int) else 0
     except typer.Exit as stop:
-        return stop.exit_code
+        status = stop.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        print("interrupted", file=sys.stderr)
-        return 130
+        status = 130
     except _UsageProblem as error:
         error.show()
-        return error.exit_code
+        status = error.exit_code
     except BrokenPipeError:
         # The reader (`| head`) has gone; Python must not complain again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        status = 1
     except Exception as error:
         if debug:
             raise
         hint = "" if not isinstance(error, UNEXPECTED) else " (comoe --debug ... shows where)"
         print(f"error: {one_line(error)}{hint}", file=sys.stderr)
-        return 1
+        status = 1
+    if status == 130:  # typer's own way of saying KeyboardInterrupt, too
+        print("interrupted", file=sys.stderr)
+    return status
 
 
 def run() -> None:
     """Entry point of the installed command."""
+    warnings.formatwarning = warning_line
     sys.exit(main())

@@ -10,7 +10,7 @@ import typer
 
 from comoe.cli import tables
 from comoe.cli.common import bytes_bar, count_bar, output, quiet_transformers
-from comoe.config import parse_bytes
+from comoe.config import CoMoEConfig, parse_bytes
 
 Json = Annotated[
     bool, typer.Option("--json", help="Print the result as JSON, and nothing else, to stdout.")
@@ -73,6 +73,7 @@ def load(
     quiet_transformers()
     # Checked before torch is loaded: a misspelt size should not take seconds to be refused.
     budget = None if memory is None else parse_bytes(memory, "--memory")
+    CoMoEConfig.create(threads=threads)
     import comoe
     from comoe.baseline import warm_up
 

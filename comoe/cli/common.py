@@ -33,6 +33,11 @@ def one_line(error: BaseException) -> str:
     return text
 
 
+def warning_line(message: Any, *where: Any) -> str:
+    """A warning for someone who did not write the code that warns."""
+    return f"warning: {' '.join(str(message).split())}\n"
+
+
 def progress_console() -> Console:
     """Where progress and remarks go: never to standard output."""
     return Console(stderr=True)

@@ -105,7 +105,8 @@ def show_doctor(report: dict[str, Any]) -> None:
     table.add_row(
         "memory", f"{format_bytes(ram['total'])}, {format_bytes(ram['available'])} available{limit}"
     )
-    table.add_row("memory read", f"{format_bytes(report['bandwidth']['memory_read'])}/s")
+    read = report["bandwidth"]["memory_read"]
+    table.add_row("memory read", "n/a" if read is None else f"{format_bytes(read)}/s")
     how = "O_DIRECT" if disk["direct"] else "through the page cache"
     table.add_row(
         "disk read", f"{format_bytes(disk['bytes_per_second'])}/s, {how}, {escape(disk['folder'])}"

@@ -1,15 +1,17 @@
 """Predicts the next MoE layer's experts by giving its router the present layer's hidden state.
 
-Residual streams change little from one layer to the next, so the next gate already chooses nearly the
-same experts (HOBBIT: 96% of top-1). Only the gate's weight is used, and its correction bias where there
-is one; what else a family's router does (groups, noise, norms) moves the guess, never the result.
+Residual streams change little from one layer to the next, so the next router already chooses nearly
+the same experts (HOBBIT: 96% of top-1). Most routers choose the K largest of a linear layer's scores;
+those are asked by one matrix product. Others (groups, biases that only choose) are run themselves.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -18,79 +20,135 @@ from torch import nn
 
 from comoe.hf.blocks import MoEBlock
 
-Owner = tuple[nn.Module, str]  # a parameter or buffer, found anew at each call: models may be moved
+PROBE_TOKENS = 64
+
+
+class Gate(Protocol):
+    def choose(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden [T, H] -> experts [T, K], int64, in no order."""
+        ...
 
 
 @dataclass(frozen=True)
-class Gate:
-    """A linear router: weight [E, H], and a bias [E] that only chooses (added to the scores)."""
+class LinearGate:
+    """The K largest of `owner.name @ hidden` (+ bias)."""
 
-    weight: Owner
-    bias: Owner | None = None  # of the linear layer
-    correction: Owner | None = None  # added to sigmoid scores (DeepSeek-V3 and its kin)
+    owner: nn.Module  # parameters are found anew at each call, since models may be converted
+    name: str
+    has_bias: bool
+    k: int
 
-    @torch.no_grad()
-    def scores(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden [T, H] -> [T, E], in the order of preference of the router."""
-        weight = getattr(*self.weight)
-        bias = None if self.bias is None else getattr(*self.bias)
-        logits = F.linear(hidden.to(weight.dtype), weight, bias)
-        if self.correction is None:
-            return logits
-        return logits.float().sigmoid() + getattr(*self.correction).float()
+    def choose(self, hidden: torch.Tensor) -> torch.Tensor:
+        weight = getattr(self.owner, self.name)
+        bias = self.owner.bias if self.has_bias else None
+        return F.linear(hidden.to(weight.dtype), weight, bias).topk(self.k, dim=-1).indices
 
 
-def find_gate(model: nn.Module, block: MoEBlock) -> Gate | None:
-    """The router beside an experts module; None if there is not exactly one linear candidate."""
-    parent = model.get_submodule(block.name.rpartition(".")[0])
-    spec = block.spec
-    skip = {id(m) for m in block.module.modules()}
-    weights: list[Owner] = []
-    vectors: dict[str, Owner] = {}
-    for module in parent.modules():
-        if id(module) in skip:
-            continue
-        tensors = {**module._parameters, **module._buffers}
-        for name, tensor in tensors.items():
-            if tensor is None:
-                continue
-            if tensor.dim() == 2 and tensor.shape == (spec.num_experts, spec.hidden):
-                weights.append((module, name))
-            elif tensor.shape == (spec.num_experts,):
-                vectors[name] = (module, name)
-    if len(weights) != 1:
+@dataclass(frozen=True)
+class RouterGate:
+    """A router module of transformers' usual kind: (hidden) -> (..., experts [T, K])."""
+
+    router: nn.Module
+
+    def choose(self, hidden: torch.Tensor) -> torch.Tensor:
+        # `forward`, not the call: hooks that collect router logits must not see guesses.
+        return _indices(self.router.forward(hidden))
+
+
+def _indices(outputs: object) -> torch.Tensor | None:
+    if not isinstance(outputs, tuple):
         return None
-    bias = vectors.get("bias")
-    if bias is not None and bias[0] is not weights[0][0]:
-        bias = None
-    return Gate(weights[0], bias, vectors.get("e_score_correction_bias"))
+    found = [x for x in outputs if isinstance(x, torch.Tensor) and x.dtype == torch.int64]
+    return found[0] if len(found) == 1 and found[0].dim() == 2 else None
+
+
+def find_gate(model: nn.Module, block: MoEBlock, k: int) -> Gate | None:
+    """The router beside an experts module; None where it is not understood."""
+    parent = model.get_submodule(block.name.rpartition(".")[0])
+    linear = _linear_gate(parent, block, k)
+    router = next(_router_gates(parent, block), None)
+    if router is None or linear is None:
+        return router or linear
+    hidden = _probe(block, parent)
+    same = torch.equal(linear.choose(hidden).sort().values, router.choose(hidden).sort().values)
+    return linear if same else router
+
+
+def _probe(block: MoEBlock, parent: nn.Module) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(PROBE_TOKENS, block.spec.hidden, generator=generator, device="cpu")
+    return hidden.to(next((p.dtype for p in parent.parameters()), torch.float32))
+
+
+def _linear_gate(parent: nn.Module, block: MoEBlock, k: int) -> LinearGate | None:
+    shape = (block.spec.num_experts, block.spec.hidden)
+    experts = {id(m) for m in block.module.modules()}
+    found = [
+        (module, name)
+        for module in parent.modules()
+        if id(module) not in experts
+        for name, tensor in module._parameters.items()
+        if tensor is not None and tensor.shape == shape
+    ]
+    if len(found) != 1:
+        return None
+    owner, name = found[0]
+    bias = owner._parameters.get("bias")
+    return LinearGate(owner, name, bias is not None and bias.shape == shape[:1], min(k, shape[0]))
+
+
+@torch.no_grad()
+def _router_gates(parent: nn.Module, block: MoEBlock) -> Iterator[RouterGate]:
+    hidden = _probe(block, parent)
+    for name, module in parent.named_children():
+        if module is block.module or not re.search("gate|router", name):
+            continue
+        if any(p.device.type == "meta" for p in module.parameters()):
+            continue
+        try:
+            indices = _indices(module.forward(hidden))
+        except Exception:  # whatever a router that wants other arguments says
+            continue
+        # [T, E] would be a one-hot mask.
+        if (
+            indices is not None
+            and indices.shape[0] == len(hidden)
+            and indices.shape[1] < block.spec.num_experts
+        ):
+            yield RouterGate(module)
 
 
 class NextGate:
-    """A comoe.policy.predictor.Predictor: layer i's hidden state through layer i + 1's gate."""
+    """A comoe.policy.predictor.Predictor: layer i's hidden state through layer i + 1's router."""
 
     def __init__(
         self, model: nn.Module, blocks: Sequence[MoEBlock], experts_per_token: int
     ) -> None:
-        self._k = experts_per_token
+        self._num_experts = [block.spec.num_experts for block in blocks]
         self._gates: list[Gate | None] = []
         for before, block in itertools.pairwise(blocks):
             # An encoder's last layer says nothing of the decoder's first: other tokens.
             same_stack = _stack(before.name) == _stack(block.name)
             same_width = before.spec.hidden == block.spec.hidden
-            self._gates.append(find_gate(model, block) if same_stack and same_width else None)
+            gate = find_gate(model, block, experts_per_token) if same_stack and same_width else None
+            self._gates.append(gate)
         self._gates.append(None)
 
+    @torch.no_grad()
     def predict(self, layer_idx: int, hidden: torch.Tensor) -> list[tuple[int, np.ndarray]]:
-        """Likely experts of the next layer, most wanted first; [] where the router is not understood."""
+        """Likely experts of the next layer, most wanted first; [] where its router is not understood."""
         gate = self._gates[layer_idx]
         if gate is None or hidden.shape[0] == 0:
             return []
-        scores = gate.scores(hidden)
-        chosen = scores.topk(min(self._k, scores.shape[-1]), dim=-1).indices
-        experts, counts = chosen.unique(return_counts=True)
-        order = counts.argsort(descending=True, stable=True)
-        return [(layer_idx + 1, experts[order].cpu().numpy().astype(np.int64))]
+        chosen = gate.choose(hidden)
+        if hidden.shape[0] == 1:
+            experts = chosen[0]
+        else:
+            experts, counts = chosen.unique(return_counts=True)
+            experts = experts[counts.argsort(descending=True, stable=True)]
+        # Some routers name experts that do nothing, with numbers from E on.
+        experts = experts.cpu().numpy()
+        return [(layer_idx + 1, experts[experts < self._num_experts[layer_idx + 1]])]
 
 
 def _stack(name: str) -> str:

@@ -30,9 +30,9 @@ def _attribute(config, *names: str, default: int = 0) -> int:
 def experts_per_token(model: nn.Module) -> int:
     """K, the most experts that one token uses in a layer."""
     config = model.config.get_text_config()
-    return _attribute(
-        config, "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts", default=2
-    )
+    names = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
+    inner = getattr(config, "ffn_config", config)  # DBRX
+    return _attribute(config, *names, default=_attribute(inner, *names, default=2))
 
 
 def model_sizes(model: nn.Module, experts_per_token: int, expert_intermediate: int) -> ModelSizes:
@@ -57,15 +57,13 @@ def model_sizes(model: nn.Module, experts_per_token: int, expert_intermediate: i
     if getattr(model.config, "is_encoder_decoder", False):
         kv *= 2
     attention = 2 * (heads + kv_heads) * head_dim
-    experts = experts_per_token * expert_intermediate
-    activations = element * (4 * hidden + max(attention, 3 * dense_intermediate)) + 4 * (
-        experts_per_token * hidden + 3 * experts
-    )
+    activations = element * (4 * hidden + max(attention, 3 * dense_intermediate)) + 8 * hidden
     eager = getattr(config, "_attn_implementation", None) == "eager"
     return ModelSizes(
         dense=dense,
         kv_per_token=kv,
         activations_per_token=activations,
+        expert_rows_per_token=4 * experts_per_token * (hidden + expert_intermediate),
         logits_per_token=vocabulary * (element + 4),
         scores_per_pair=heads * (element + 4) if eager else 0,
     )

@@ -15,6 +15,7 @@ from comoe.policy.plan import BudgetError
 # The promise is baseline + memory + max(3 %, 64 MB); the governor steers for half of that margin.
 TOLERANCE_SHARE = 0.03
 TOLERANCE_BYTES = 64_000_000
+EXPERT_ROWS = 16_000_000  # bytes; more tokens than have room in it are computed in parts
 
 
 def tolerance(memory: int) -> int:
@@ -28,6 +29,7 @@ class ModelSizes:
 
     dense: parameters and buffers.  kv_per_token: one position of one sequence in the KV cache.
     activations_per_token: the widest point of a forward pass, per token of the batch.
+    expert_rows_per_token: rows of the chosen experts, of which at most EXPERT_ROWS exist at once.
     logits_per_token: where logits of every position are asked for.
     scores_per_pair: attention scores per (token, token) pair if they are materialised.
     """
@@ -35,6 +37,7 @@ class ModelSizes:
     dense: int
     kv_per_token: int = 0
     activations_per_token: int = 0
+    expert_rows_per_token: int = 0
     logits_per_token: int = 0
     scores_per_pair: int = 0
 
@@ -43,7 +46,8 @@ class ModelSizes:
         `logits` positions of each sequence get logits."""
         per_token = self.kv_per_token + self.activations_per_token
         scores = self.scores_per_pair * batch * tokens * tokens
-        return batch * (tokens * per_token + logits * self.logits_per_token) + scores
+        rows = min(batch * tokens * self.expert_rows_per_token, EXPERT_ROWS)
+        return batch * (tokens * per_token + logits * self.logits_per_token) + scores + rows
 
 
 class Budget:

@@ -38,7 +38,7 @@ def forward_unpacked(
 ) -> torch.Tensor:
     """Weighted sum of the chosen experts, expert by expert as they become resident.
 
-    hidden [T, H]; index int64 [T, K], indices outside [0, E) count as no expert; weights fp32 [T, K].
+    hidden [T, H]; index int64 [T, K], indices outside [0, E) count as no expert; weights [T, K] of any float dtype.
     used: uint8 [E], set to the level used + 1.  ahead: records to read while this layer computes.
 
     Experts arrive in the order the disk delivers them, so sums are kept in float64: with K terms of
@@ -76,8 +76,8 @@ def forward_unpacked(
                 result = result[: rows.numel()]
                 session.done(need)
                 used[expert] = level + 1
-                # Rounded like the experts of transformers, so that near ties fall the same way.
-                weighted = (result * flat_weights[pairs, None]).to(hidden.dtype)
+                # In the dtype that torch gives the product, as in transformers' own experts.
+                weighted = result * flat_weights[pairs, None]
                 total.index_add_(0, rows, weighted.double())
     finally:
         session.close()

@@ -13,12 +13,12 @@ from comoe.config import CoMoEConfig, format_bytes, parse_bytes
 from comoe.policy.plan import EXACT, LEVEL_MASKS, EvenPlanner, Plan, Planner
 from comoe.policy.predictor import NoPredictor, Predictor, PrefetchGauge
 from comoe.policy.upgrades import RecentUse, UpgradePolicy
-from comoe.runtime.budget import Budget, ModelSizes
+from comoe.runtime.budget import EXPERT_ROWS, Budget, ModelSizes
 from comoe.runtime.engine import Records, open_engine, pool_floor, slab_bytes, store_sizes
 from comoe.runtime.prefill import forward_unpacked
 from comoe.runtime.spec import ExpertsSpec
 from comoe.store import Store
-from comoe_kernels.expert_ffn import PREFILL_ROWS
+from comoe_kernels.expert_ffn import prefill_rows
 from comoe_kernels.threads import share_torch_threads
 
 PREFETCH, UPGRADE = 1, 2  # classes of transfers
@@ -127,30 +127,34 @@ class Runtime:
         weights = top_k_weights.to(torch.float32).contiguous()
         ahead = self._predict(layer_idx, hidden)
         used = np.zeros(spec.num_experts, np.uint8)
-        rows_per_expert = tokens * k / min(spec.num_experts, max(tokens * k, 1))
-        if spec.runs_in_torch or rows_per_expert >= PREFILL_ROWS:
-            out = forward_unpacked(self._op, layer_idx, spec, hidden, index, weights, used, ahead)
-        else:
-            out = torch.empty((tokens, spec.hidden), dtype=hidden.dtype)
-            self._op.forward(
-                layer_idx,
-                hidden.data_ptr(),
-                DTYPES[hidden.dtype],
-                hidden.stride(0),
-                index.data_ptr(),
-                weights.data_ptr(),
-                tokens,
-                k,
-                out.data_ptr(),
-                used,
-                ahead,
+        rows = tokens * k / min(spec.num_experts, max(tokens * k, 1))
+        part = max(EXPERT_ROWS // (4 * k * (spec.hidden + spec.intermediate)), 1)
+        # Parts would read missing experts again, so there all tokens go through one expert at a time.
+        at_once = tokens <= part or self.plan.resident
+        if spec.runs_in_torch or rows >= prefill_rows(self.plan.min_level) or not at_once:
+            out = forward_unpacked(
+                self._op, layer_idx, spec, hidden, index, top_k_weights, used, ahead
             )
+        else:
+            rounds = hidden.dtype != torch.float32 and top_k_weights.dtype == hidden.dtype
+            out = torch.empty((tokens, spec.hidden), dtype=hidden.dtype)
+            for i in range(0, tokens, part):
+                self._op.forward(
+                    layer_idx,
+                    hidden[i:].data_ptr(),
+                    DTYPES[hidden.dtype],
+                    hidden.stride(0),
+                    index[i:].data_ptr(),
+                    weights[i:].data_ptr(),
+                    min(part, tokens - i),
+                    k,
+                    out[i:].data_ptr(),
+                    rounds,
+                    used,
+                    ahead,
+                )
         self._note_used(layer_idx, used)
         return out
-
-    def levels(self, layer_idx: int) -> tuple[int, int]:
-        """(least level to compute at, level wanted) of a layer's experts, as planned."""
-        return self.plan.min_level, self.plan.want_level
 
     def _predict(self, layer_idx: int, hidden: torch.Tensor) -> np.ndarray:
         """Records to read ahead while this layer computes: int32, most wanted first."""

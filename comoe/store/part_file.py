@@ -8,15 +8,14 @@ import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
-
-from comoe.store.format import StoreError
+from comoe.store.format import ALIGNMENT, StoreError
 
 
 class PartFile:
     """Written as `path`.part; `publish` makes it durable and gives it its name.
 
     Leaving the block without that removes it. A disk that is full or fails becomes a StoreError.
+    Aligned writes of aligned memory go past the page cache where the file system allows it.
     """
 
     def __init__(self, path: Path, nbytes: int):
@@ -31,6 +30,10 @@ class PartFile:
                 raise OSError(errno.ENOSPC, "not enough space for the file")
             self.fd = os.open(self.part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:
+            self.direct_fd = os.open(self.part, os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC)
+        except OSError:
+            self.direct_fd = None
+        try:
             with self._disk_errors():
                 _allocate(self.fd, self.nbytes)
         except BaseException:
@@ -40,27 +43,37 @@ class PartFile:
 
     def __exit__(self, *_) -> None:
         os.close(self.fd)
+        if self.direct_fd is not None:
+            os.close(self.direct_fd)
         self.part.unlink(missing_ok=True)
 
-    def write(self, payload: bytes | np.ndarray, offset: int) -> None:
+    def write(self, payload: bytes | memoryview, offset: int) -> None:
         """All of it: a nearly full disk makes short writes before it makes errors."""
         view = memoryview(payload)
         with self._disk_errors():
             while len(view):
-                count = os.pwrite(self.fd, view, offset)
+                aligned = offset % ALIGNMENT == 0 and len(view) % ALIGNMENT == 0
+                direct = aligned and self.direct_fd is not None
+                try:
+                    count = os.pwrite(self.direct_fd if direct else self.fd, view, offset)
+                except OSError as error:
+                    if direct and error.errno == errno.EINVAL:  # refused only when it comes to it
+                        os.close(self.direct_fd)
+                        self.direct_fd = None
+                        continue
+                    raise
                 if count == 0:
                     raise OSError(errno.ENOSPC, "write of 0 bytes")
+                if not direct:
+                    # Starts writing to the disk now, instead of all at the end, and then drops the
+                    # pages: they are of no more use here, and should not push out those that are.
+                    os.posix_fadvise(self.fd, offset, count, os.POSIX_FADV_DONTNEED)
                 view, offset = view[count:], offset + count
-
-    def flush(self, offset: int, nbytes: int) -> None:
-        """Starts writing a range to the disk now, instead of all at the end, and then drops its pages:
-        they are of no more use here, and should not push out those that are."""
-        os.posix_fadvise(self.fd, offset, nbytes, os.POSIX_FADV_DONTNEED)
 
     def publish(self) -> None:
         with self._disk_errors():
             os.fsync(self.fd)
-            self.flush(0, 0)
+            os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_DONTNEED)
             os.replace(self.part, self.path)
             folder = os.open(self.path.parent, os.O_RDONLY | os.O_DIRECTORY)
             try:

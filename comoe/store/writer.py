@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -208,14 +209,13 @@ class StoreWriter:
         ends = data_offset + np.cumsum(extents.reshape(-1)).reshape(extents.shape)
         records["offset"] = ends - extents
 
-        def put(expert: int, payloads: list[np.ndarray]) -> int:
-            for record, payload in zip(records[expert], payloads, strict=True):
+        def put(expert: int, buffer: ExpertBuffer) -> int:
+            for record, payload in zip(records[expert], buffer.payloads, strict=True):
                 record["crc32c"] = _C.crc32c(payload)
-                part.write(payload, int(record["offset"]))
-            nbytes = int(extents[expert].sum())
-            part.flush(int(records[expert, 0]["offset"]), nbytes)
-            return nbytes
+            part.write(buffer.memory, int(records[expert, 0]["offset"]))
+            return len(buffer.memory)
 
+        buffers = [ExpertBuffer(records[0]["nbytes"]) for _ in range(2)]
         # One thread writes an expert while the next one is encoded. It ends before the file is closed.
         with PartFile(path, int(ends[-1, -1])) as part, ThreadPoolExecutor(1) as behind:
             written, pending = 0, None
@@ -224,10 +224,11 @@ class StoreWriter:
                     raise StoreError(
                         f"layer {name!r} must have {spec.num_experts} experts, got more"
                     )
-                payloads = self._encode(name, written, spec, matrices, biases)
+                buffer = buffers[written % 2]
+                self._encode(name, written, spec, matrices, biases, buffer)
                 if pending:
                     on_bytes(pending.result())
-                pending = behind.submit(put, written, payloads)
+                pending = behind.submit(put, written, buffer)
                 written += 1
             if written != spec.num_experts:
                 raise StoreError(
@@ -240,18 +241,33 @@ class StoreWriter:
 
     @staticmethod
     def _encode(
-        name: str, expert: int, spec: LayerSpec, matrices: Arrays, biases: Arrays
-    ) -> list[np.ndarray]:
-        try:
-            payloads = _C.encode_expert(
-                list(matrices), list(biases), spec.exact_dtype_code, spec.gated
-            )
-        except (ValueError, TypeError) as error:
-            raise StoreError(f"layer {name!r}, expert {expert}: {error}") from error
-        shape = matrices[0].shape
+        name: str,
+        expert: int,
+        spec: LayerSpec,
+        matrices: Arrays,
+        biases: Arrays,
+        buffer: ExpertBuffer,
+    ) -> None:
+        shape = matrices[0].shape if len(matrices) else None
         if shape != (spec.intermediate, spec.hidden) or bool(len(biases)) != spec.biased:
             raise StoreError(
                 f"layer {name!r}, expert {expert}: expected matrix 0 of shape {(spec.intermediate, spec.hidden)} "
                 f"{'with' if spec.biased else 'without'} biases, got {shape} {'with' if len(biases) else 'without'}"
             )
-        return payloads
+        try:
+            _C.encode_expert(
+                list(matrices), list(biases), spec.exact_dtype_code, spec.gated, buffer.payloads
+            )
+        except (ValueError, TypeError) as error:
+            raise StoreError(f"layer {name!r}, expert {expert}: {error}") from error
+
+
+class ExpertBuffer:
+    """Memory for one expert as it lies in the file: extents one after the other, aligned for direct writes."""
+
+    def __init__(self, nbytes: np.ndarray):
+        ends = np.cumsum([fmt.padded(int(n)) for n in nbytes])
+        self.memory = memoryview(mmap.mmap(-1, int(ends[-1])))  # zeros, and so the padding stays
+        whole = np.frombuffer(self.memory, np.uint8)
+        starts = [0, *ends[:-1]]
+        self.payloads = [whole[a : a + int(n)] for a, n in zip(starts, nbytes, strict=True)]

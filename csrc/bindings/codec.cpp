@@ -1,9 +1,9 @@
 // The ladder codec, and the geometry of an expert.
+#include "../ladder/codec.h"
+
 #include <string>
 #include <utility>
 #include <vector>
-
-#include "../ladder/codec.h"
 
 #include "bindings.h"
 
@@ -53,7 +53,7 @@ static std::string shape_text(const py::array& array) {
 
 // One expert to the payloads of its records; see codec.h.
 static py::list encode_expert_py(const py::list& matrices, const py::list& biases, int exact_dtype,
-                                 bool gated) {
+                                 bool gated, const py::object& out) {
   const DType dtype = exact_dtype_of(exact_dtype);
   const size_t count = gated ? 3 : 2;
   if (matrices.size() != count)
@@ -90,16 +90,27 @@ static py::list encode_expert_py(const py::list& matrices, const py::list& biase
       throw std::invalid_argument("encode_expert: bias " + std::to_string(i) + " must be [" +
                                   std::to_string(rows) + "], got " + shape_text(held.back()));
   }
-  py::list out;
-  uint8_t* payloads[kNumRecords];
+  py::list payloads;
+  uint8_t* to[kNumRecords];
+  if (!out.is_none() && py::len(out) != kNumRecords)
+    throw std::invalid_argument("encode_expert: out must hold " + std::to_string(kNumRecords) +
+                                " arrays, got " + std::to_string(py::len(out)));
   for (int r = 0; r < kNumRecords; ++r) {
-    py::array_t<uint8_t> payload(g.record_bytes(r));
-    payloads[r] = payload.mutable_data();
-    out.append(std::move(payload));
+    if (out.is_none()) {
+      payloads.append(py::array_t<uint8_t>(g.record_bytes(r)));
+    } else {
+      payloads.append(out[py::int_(r)]);
+    }
+    if (!py::isinstance<py::array_t<uint8_t, py::array::c_style>>(payloads[r]) ||
+        py::cast<py::array>(payloads[r]).size() != g.record_bytes(r))
+      throw std::invalid_argument("encode_expert: out[" + std::to_string(r) +
+                                  "] must be a contiguous uint8 array of " +
+                                  std::to_string(g.record_bytes(r)) + " bytes");
+    to[r] = static_cast<uint8_t*>(py::cast<py::array>(payloads[r]).mutable_data());
   }
   py::gil_scoped_release release;
-  encode_expert(g, source, payloads);
-  return out;
+  encode_expert(g, source, to);
+  return payloads;
 }
 
 void bind_codec(py::module_& m) {
@@ -141,8 +152,8 @@ void bind_codec(py::module_& m) {
       });
   m.attr("NUM_RECORDS") = kNumRecords;
   m.def("encode_expert", &encode_expert_py, py::arg("matrices"), py::arg("biases"),
-        py::arg("exact_dtype"), py::arg("gated"),
-        "Payloads of one expert's records, as uint8 arrays.");
+        py::arg("exact_dtype"), py::arg("gated"), py::arg("out") = py::none(),
+        "Payloads of one expert's records, as uint8 arrays: those of `out`, or new ones.");
 }
 
 }  // namespace comoe

@@ -44,7 +44,7 @@ static void set_levels(MoeOp& op, int layer_idx, uint8_t min_level, uint8_t want
 
 static void forward(MoeOp& op, int layer_idx, uintptr_t x, int x_dtype, int64_t x_stride,
                     uintptr_t expert_idx, uintptr_t weights, int64_t T, int64_t K, uintptr_t out,
-                    py::array_t<uint8_t, py::array::c_style> used,
+                    bool round_products, py::array_t<uint8_t, py::array::c_style> used,
                     const py::array_t<int32_t, py::array::c_style>& ahead) {
   if (x_dtype < 0 || x_dtype > 2)
     throw std::invalid_argument("MoeOp.forward: dtype must be 0 (fp32), 1 (bf16) or 2 (fp16)");
@@ -56,7 +56,8 @@ static void forward(MoeOp& op, int layer_idx, uintptr_t x, int x_dtype, int64_t 
                        reinterpret_cast<const int64_t*>(expert_idx),
                        reinterpret_cast<const float*>(weights),
                        T,
-                       K};
+                       K,
+                       round_products};
   const std::vector<int32_t> ids = ids_of(ahead);
   uint8_t* used_out = used.mutable_data();
   py::gil_scoped_release release;
@@ -73,7 +74,7 @@ void bind_moe(py::module_& m) {
            py::arg("want_level"), "For all experts of a layer; in force from the next call on.")
       .def("forward", &forward, py::arg("layer_idx"), py::arg("x"), py::arg("x_dtype"),
            py::arg("x_stride"), py::arg("expert_idx"), py::arg("weights"), py::arg("T"), py::arg("K"),
-           py::arg("out"), py::arg("used"), py::arg("ahead"))
+           py::arg("out"), py::arg("round_products"), py::arg("used"), py::arg("ahead"))
       .def(
           "session",
           [](MoeOp& op, int layer_idx, const py::array_t<int32_t, py::array::c_style>& experts,

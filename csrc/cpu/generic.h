@@ -267,29 +267,35 @@ inline void prepare_group(const float* src, const RowLayout& layout, int64_t gro
   }
 }
 
+// Issues the run's prefetches, `lines` per block, into the second-level cache.
+struct Prefetcher {
+  const Prefetch* next;
+  const uint8_t *p, *end;
+  explicit Prefetcher(const RunArgs& args) : next(args.prefetch), p(next->begin), end(next->end) {}
+  template <int lines>
+  inline void step() {
+    if (p >= end) {
+      if (next->begin == next->end) return;
+      ++next;
+      p = next->begin;
+      end = next->end;
+    }
+    for (int i = 0; i < lines; ++i) __builtin_prefetch(p + 64 * i, 0, 2);
+    p += 64 * lines;
+  }
+};
+
 // ---- weights ----------------------------------------------------------------------------------
 
 // Walks the blocks of a run upwards: `at(k)` must be called for each block before `plane`.
 struct BlockCursor {
   const Segment* here;
-  const Segment* ahead;
-  int64_t last;  // block that may be prefetched
-  explicit BlockCursor(const RunArgs& args)
-      : here(args.segments), ahead(args.segments), last(args.prefetch_end - 1) {}
+  explicit BlockCursor(const RunArgs& args) : here(args.segments) {}
   void at(int64_t k) {
     if (k == here[1].first) ++here;
   }
   const uint8_t* plane(int p, int64_t k, int64_t block_bytes) const {
     return here->base[p] + k * block_bytes;
-  }
-  // The block to prefetch while k is computed; its planes are at ahead_plane.
-  int64_t ahead_at(int64_t k, int64_t distance) {
-    k = k + distance < last ? k + distance : last;
-    while (k >= ahead[1].first) ++ahead;
-    return k;
-  }
-  const uint8_t* ahead_plane(int p, int64_t k, int64_t block_bytes) const {
-    return ahead->base[p] + k * block_bytes;
   }
 };
 
@@ -344,72 +350,74 @@ inline void block_values(const RunArgs& args, BlockCursor& cursor, int64_t first
 inline void exact_block(const uint8_t* block, DType dtype, float* out) {
   if (dtype == DType::fp32) {
     const auto* w = reinterpret_cast<const float*>(block);
-    for (int c = 0; c < kBlockCols; ++c)
-      for (int r = 0; r < kBlockRows; ++r) out[r * kBlockCols + c] = w[c * kBlockRows + r];
+    for (int r = 0; r < kBlockRows; ++r)
+      for (int c = 0; c < kBlockCols; ++c) out[r * kBlockCols + c] = w[c * kBlockRows + r];
     return;
   }
   float pairs[kBlockRows * kBlockCols];
   load(block, dtype, kBlockRows * kBlockCols, pairs);
-  for (int p = 0; p < kBlockCols / 2; ++p)
-    for (int r = 0; r < kBlockRows; ++r) {
-      out[r * kBlockCols + 2 * p] = pairs[p * 32 + 2 * r];
-      out[r * kBlockCols + 2 * p + 1] = pairs[p * 32 + 2 * r + 1];
-    }
+  for (int r = 0; r < kBlockRows; ++r)
+    for (int p = 0; p < kBlockCols / 2; ++p)
+      std::memcpy(out + r * kBlockCols + 2 * p, pairs + p * 32 + 2 * r, 8);
 }
 
-// Block k of a tile as fp32, out[row * kBlockCols + col]; to be called for k = 0, 1, ...
-inline void unpack_block(const RunArgs& args, BlockCursor& cursor, int64_t k, float* out) {
-  if (args.level == Level::exact) {
-    cursor.at(k);
-    const int64_t bytes = kBlockRows * kBlockCols * dtype_bytes(args.exact_dtype);
-    return exact_block(cursor.plane(0, k, bytes), args.exact_dtype, out);
+// Exact weights in their own type: bits are moved, never converted. `row` is 128 bytes of scratch.
+inline void exact_rows(const uint8_t* block, DType dtype, int64_t num_rows, int64_t num_bytes,
+                       uint8_t* out, int64_t stride_bytes) {
+  alignas(64) uint8_t row[kBlockCols * 4];
+  const int words = dtype == DType::fp32 ? kBlockCols : kBlockCols / 2;  // of 4 bytes in a row
+  for (int64_t r = 0; r < num_rows; ++r) {
+    for (int w = 0; w < words; ++w) std::memcpy(row + 4 * w, block + 64 * w + 4 * r, 4);
+    std::memcpy(out + r * stride_bytes, row, num_bytes);
   }
-  float scale[kBlockRows], zero[kBlockRows];
-  group_params(args, k / kGroupBlocks, scale, zero);
-  uint8_t value[1][8][64];
-  block_values(args, cursor, k, 1, value);
-  for (int q = 0; q < 8; ++q)
-    for (int r = 0; r < kBlockRows; ++r)
-      for (int c = 0; c < 4; ++c)
-        out[r * kBlockCols + 4 * q + c] =
-            scale[r] * (static_cast<float>(value[0][q][4 * r + c]) - zero[r]);
 }
 
-// Exact weights in their own type: bits are moved, never converted.
-inline void exact_rows(const RunArgs& args, int64_t num_rows, int64_t cols, void* out, int64_t ld) {
+// `values(args, p, value)`: what block_values does for one block, as fast as the instruction set
+// can.
+template <class Values>
+inline void unpack_tile_with(const RunArgs& args, int64_t num_rows, int64_t cols, void* out,
+                             DType out_dtype, int64_t ld, Values&& values) {
+  const int64_t size = dtype_bytes(out_dtype);
+  const bool exact = args.level == Level::exact;
+  const int64_t exact_bytes = kBlockRows * kBlockCols * dtype_bytes(args.exact_dtype);
+  alignas(64) float block[kBlockRows * kBlockCols];
+  alignas(64) uint8_t value[8][64], row[kBlockCols];
+  float scale[kBlockRows], zero[kBlockRows];
   BlockCursor cursor(args);
-  const int64_t bytes = kBlockRows * kBlockCols * dtype_bytes(args.exact_dtype);
   for (int64_t k = 0; k < args.col_blocks; ++k) {
     cursor.at(k);
-    const uint8_t* block = cursor.plane(0, k, bytes);
-    for (int64_t c = k * kBlockCols; c < cols && c < (k + 1) * kBlockCols; ++c) {
-      const int64_t b = c % kBlockCols;
-      if (args.exact_dtype == DType::fp32) {
-        const auto* w = reinterpret_cast<const uint32_t*>(block) + b * kBlockRows;
-        for (int64_t r = 0; r < num_rows; ++r) static_cast<uint32_t*>(out)[r * ld + c] = w[r];
-      } else {
-        const auto* w = reinterpret_cast<const uint16_t*>(block) + (b / 2) * 32 + b % 2;
-        for (int64_t r = 0; r < num_rows; ++r) static_cast<uint16_t*>(out)[r * ld + c] = w[2 * r];
+    const int64_t first = k * kBlockCols;
+    const int64_t n = cols - first < kBlockCols ? cols - first : kBlockCols;
+    uint8_t* to = static_cast<uint8_t*>(out) + first * size;
+    if (exact && args.exact_dtype == out_dtype) {
+      exact_rows(cursor.plane(0, k, exact_bytes), out_dtype, num_rows, n * size, to, ld * size);
+      continue;
+    }
+    if (exact) {
+      exact_block(cursor.plane(0, k, exact_bytes), args.exact_dtype, block);
+    } else {
+      if (k % kGroupBlocks == 0) group_params(args, k / kGroupBlocks, scale, zero);
+      const uint8_t* p[4];
+      for (int plane = 0; plane < num_planes(args.level); ++plane)
+        p[plane] = cursor.plane(plane, k, kPlaneBytes[plane]);
+      values(args, p, value);
+      for (int r = 0; r < kBlockRows; ++r) {
+        for (int q = 0; q < 8; ++q) std::memcpy(row + 4 * q, value[q] + 4 * r, 4);
+        for (int c = 0; c < kBlockCols; ++c)
+          block[r * kBlockCols + c] = scale[r] * (static_cast<float>(row[c]) - zero[r]);
       }
     }
+    for (int64_t r = 0; r < num_rows; ++r)
+      store(block + r * kBlockCols, n, to + r * ld * size, out_dtype);
   }
 }
 
 inline void unpack_tile(const RunArgs& args, int64_t num_rows, int64_t cols, void* out,
                         DType out_dtype, int64_t ld) {
-  if (args.level == Level::exact && args.exact_dtype == out_dtype)
-    return exact_rows(args, num_rows, cols, out, ld);
-  float block[kBlockRows * kBlockCols];
-  const int64_t size = dtype_bytes(out_dtype);
-  BlockCursor cursor(args);
-  for (int64_t k = 0; k < args.col_blocks; ++k) {
-    unpack_block(args, cursor, k, block);
-    const int64_t first = k * kBlockCols;
-    const int64_t n = cols - first < kBlockCols ? cols - first : kBlockCols;
-    for (int64_t r = 0; r < num_rows; ++r)
-      store(block + r * kBlockCols, n, static_cast<uint8_t*>(out) + (r * ld + first) * size,
-            out_dtype);
-  }
+  unpack_tile_with(args, num_rows, cols, out, out_dtype, ld,
+                   [](const RunArgs& a, const uint8_t* const* p, uint8_t value[8][64]) {
+                     for (int q = 0; q < 8; ++q) quad_values(a, p, q, value[q]);
+                   });
 }
 
 // ---- products ---------------------------------------------------------------------------------

@@ -47,14 +47,17 @@ struct RowLayout {
 // Rows of activations that a kernel takes at once; each weight block is unpacked once for all of
 // them.
 constexpr int kMaxRows = 8;
-// Blocks after the end of a run that its segments may cover, for prefetching.
-constexpr int64_t kLookahead = 64;
-
 // Where blocks [first, next segment's first) of a run lie: block k of plane p at base[p] + k * its
 // bytes. A segment ends where a page of any plane ends.
 struct Segment {
   int64_t first;
   const uint8_t* base[4];
+};
+
+// Bytes to prefetch, in this order, as the blocks of a run are computed.
+struct Prefetch {
+  const uint8_t* begin;
+  const uint8_t* end;
 };
 
 // Consecutive row tiles of one matrix (blocks k = tile * col_blocks + column block), and up to
@@ -64,10 +67,10 @@ struct RunArgs {
   DType exact_dtype;
   const MatrixHeader* header;  // of the matrix; unused at `exact`
   const uint8_t* params;       // [num_tiles, groups, 32]; unused at `exact`
-  const Segment* segments;     // they cover [0, prefetch_end); `exact` uses plane 0
+  const Segment* segments;     // they cover the run; `exact` uses plane 0
+  const Prefetch* prefetch;    // the last has begin == end
   int64_t num_tiles, col_blocks;
-  int64_t prefetch_end;  // >= num_tiles * col_blocks; what lies beyond the run is needed next
-  RowLayout layout;      // of each row
+  RowLayout layout;  // of each row
   const uint8_t* rows[kMaxRows];
   int num_rows;
   float* out[kMaxRows];  // [num_tiles * 16] each, overwritten

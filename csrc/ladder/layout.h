@@ -4,8 +4,8 @@
 //
 // An expert is 2 or 3 matrices W [rows, cols], cols along the input dimension:
 //   gated:   gate [I, H], up [I, H], down [H, I]        ungated: up [I, H], down [H, I]
-// Each is padded to whole blocks of 16 rows x 32 columns. Block (n, k) has index n * col_blocks + k.
-// A group is 128 columns (4 blocks, fewer at the right edge) of one row; it has one scale and zero.
+// Each is padded to blocks of 16 rows x 32 columns; block (n, k) is number n * col_blocks + k.
+// A group is 128 columns (4 blocks, fewer at the right edge) of a row: one scale and one zero.
 #pragma once
 
 #include <cstdint>
@@ -33,12 +33,12 @@ inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 constexpr int64_t kPlane2BlockBytes = 128;
 constexpr int64_t kPlane1BlockBytes = 64;
 constexpr int64_t kPlane4BlockBytes = 256;
-constexpr int64_t kParamsBytes = 32;          // one group of 16 rows: scale_q[16], zero_q[16]
-constexpr int64_t kMatrixHeaderBytes = 64;    // MatrixHeader, padded
+constexpr int64_t kParamsBytes = 32;        // one group of 16 rows: scale_q[16], zero_q[16]
+constexpr int64_t kMatrixHeaderBytes = 64;  // MatrixHeader, padded
 
 // First bytes of record 0, one per matrix. Weight = scale * (value - zero), with
-// scale = exp2(log2_min + log2_step * scale_q), value = table_b[code >> (8 - b)], or the code itself
-// at 8 bits. Tables are in code units (0..255).
+// scale = exp2(log2_min + log2_step * scale_q), value = table_b[code >> (8 - b)], or the code
+// itself at 8 bits. Tables are in code units (0..255).
 struct MatrixHeader {
   float log2_min;
   float log2_step;
@@ -86,17 +86,20 @@ struct ExpertGeometry {
   // Where the blocks of matrix m start in record r (r = 0..3: planes of 2, 1, 1, 4 bits; 4: exact).
   int64_t block_bytes(int record) const {
     switch (record) {
-      case 0: return kPlane2BlockBytes;
-      case 3: return kPlane4BlockBytes;
-      case 4: return kBlockRows * kBlockCols * dtype_bytes(exact_dtype);
-      default: return kPlane1BlockBytes;
+      case 0:
+        return kPlane2BlockBytes;
+      case 3:
+        return kPlane4BlockBytes;
+      case 4:
+        return kBlockRows * kBlockCols * dtype_bytes(exact_dtype);
+      default:
+        return kPlane1BlockBytes;
     }
   }
   int64_t blocks_offset(int record, int m) const {
     int64_t at = 0;
     if (record == 0) at = round_up(params_offset(num_matrices()), kPlane2BlockBytes);
-    if (record == 4 && biased)
-      at = round_up(exact_bias_offset(num_matrices()), block_bytes(4));
+    if (record == 4 && biased) at = round_up(exact_bias_offset(num_matrices()), block_bytes(4));
     for (int i = 0; i < m; ++i) at += matrix(i).num_blocks() * block_bytes(record);
     return at;
   }
@@ -122,9 +125,9 @@ struct PagedBytes {
 };
 
 // Inside a block, lane L = 0..63 stands for (row L / 4, column 4 * q + L % 4) of quad q = 0..7.
-//   2-bit plane: 2 vectors of 64 bytes; byte L of vector v, bits 2j..2j+1 = code bits 7..6 of quad 4v + j.
+//   2-bit plane: 2 vectors of 64 bytes; byte L of vector v, bits 2j..2j+1: bits 7..6, quad 4v + j.
 //   1-bit planes: 1 vector; byte L bit q = code bit 5 (record 1) or 4 (record 2) of quad q.
-//   4-bit plane: 4 vectors; byte L of vector v: low nibble = code bits 3..0 of quad 2v, high: quad 2v + 1.
+//   4-bit plane: 4 vectors; byte L of vector v: bits 3..0, low nibble quad 2v, high 2v + 1.
 //   exact, 16-bit: 16 vectors of 64 bytes; vector p, element 2 * row + i = W[row, 2p + i].
 //   exact, fp32: 32 vectors of 64 bytes; vector c, element row = W[row, c].
 // Padding rows and columns hold code 0 and value 0; kernels give them zero activations, and never

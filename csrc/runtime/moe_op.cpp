@@ -113,7 +113,8 @@ void MoeOp::forward(int layer_idx, const MoeInput& in, void* out, uint8_t* used,
                in.x_stride, pair_out_.data());
     for (const Ready& r : ready) session->done(r.need);
   }
-  combine_pairs(pair_out_.data(), in.weights, in.expert_idx, num_experts, in.T, in.K, H, out, in.x_dtype);
+  combine_pairs(pair_out_.data(), in.weights, in.expert_idx, num_experts, in.T, in.K, H, out,
+                in.x_dtype, in.round_products);
   if (pair_out_.capacity() > kKeptScratchFloats) std::vector<float>().swap(pair_out_);
 }
 

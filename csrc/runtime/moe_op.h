@@ -26,6 +26,7 @@ struct MoeInput {
   const int64_t* expert_idx;  // [T, K], contiguous
   const float* weights;       // [T, K], contiguous
   int64_t T, K;
+  bool round_products = false;  // the router's weights are of x_dtype, 16 bits: see combine_pairs
 };
 
 class MoeOp {

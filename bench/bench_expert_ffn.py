@@ -1,0 +1,201 @@
+"""Decode: share of the memory-read bandwidth that expert_ffn reaches on cold weights.
+
+    python bench/bench_expert_ffn.py [--repeats 9] [--write]
+
+Each call runs K experts that have not been touched for at least 512 MB of other reads; the ceiling is a plain read of
+the same number of bytes by the same threads, taken in turn with it. The first call of each line is
+checked against the dense reference.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import numpy as np
+import torch
+from harness import interleave, quantiles, write_rows
+
+from comoe import _C
+from comoe_kernels import threads
+from comoe_kernels.expert_ffn import (
+    expert_ffn,
+    expert_ffn_bytes,
+    expert_ffn_ref,
+    rounding,
+    rounding_of_results,
+)
+from comoe_kernels.unpack import DTYPES, LEVELS, unpack
+
+COLD_BYTES = 640 << 20
+# Read per timing: memory may give short bursts at a higher rate than it sustains.
+TURN_BYTES = 256 << 20
+SHAPES = ((2048, 768), (768, 3072))
+
+
+class Arena:
+    """One big array of pages, reused for all lines: experts of a line lie behind each other in it."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.data = np.zeros(nbytes, np.uint8)
+        self.base = -self.data.ctypes.data % 4096
+
+
+def payload(rng: np.random.Generator, hidden: int, intermediate: int, record: int) -> np.ndarray:
+    """Random bytes with a sane header (record 0) or random bf16 weights (exact)."""
+    blocks = 3 * -(-hidden // 16) * -(-intermediate // 32)
+    if record == 4:
+        weights = torch.from_numpy(
+            rng.standard_normal(blocks * 512, dtype=np.float32) / hidden**0.5
+        )
+        return weights.bfloat16().view(torch.uint8).numpy()
+    if record:
+        return rng.integers(0, 256, blocks * {1: 64, 2: 64, 3: 256}[record], dtype=np.uint8)
+    groups = 2 * (intermediate // 16) * (hidden // 128) + (hidden // 16) * (intermediate // 128)
+    head = -(-(3 * 64 + groups * 32) // 128) * 128
+    data = rng.integers(0, 256, head + blocks * 128, dtype=np.uint8)
+    tables = [np.linspace(16, 240, 1 << b).astype(np.uint8) for b in (2, 3, 4)]
+    header = np.concatenate([np.array([-13, 0.01], np.float32).view(np.uint8), *tables])
+    for m in range(3):
+        data[m * 64 : m * 64 + len(header)] = header
+    params = data[192 : 192 + groups * 32].reshape(groups, 2, 16)
+    params[:, 1] = rng.integers(100, 156, (groups, 16))
+    return data
+
+
+def experts_of(
+    arena: Arena, rng, hidden: int, intermediate: int, level: int
+) -> list[_C.PagedExpert]:
+    """As many copies of one random expert as fill COLD_BYTES."""
+    page_bytes = max(3 * hidden * intermediate // 64 // 4096, 1) * 4096  # as the design says
+    records = [4] if level == 4 else list(range(level + 1))
+    payloads = {r: payload(rng, hidden, intermediate, r) for r in records}
+    at, experts = arena.base, []
+    limit = arena.base + COLD_BYTES
+    while True:
+        mapped = {}
+        for r, data in payloads.items():
+            pages = -(-len(data) // page_bytes)
+            if at + pages * page_bytes > limit:
+                return experts
+            arena.data[at : at + len(data)] = data
+            mapped[r] = (arena.data, at + np.arange(pages, dtype=np.int64) * page_bytes)
+            at += pages * page_bytes
+        experts.append(
+            _C.PagedExpert(
+                hidden, intermediate, True, False, DTYPES[torch.bfloat16], level, mapped, page_bytes
+            )
+        )
+
+
+def check(experts, x, level) -> float:
+    """Error against float32 over the error of the stated rounding; stops on a wrong result."""
+    every = np.arange(len(x))
+    got = expert_ffn(x, experts[:1], [every], [every], len(x)).double()
+    dense = [unpack(experts[0], m, torch.float32) for m in range(3)]
+    want = expert_ffn_ref(x, dense).double()
+    rounded = expert_ffn_ref(
+        x,
+        dense,
+        round_activations=rounding(level, True),
+        round_results=rounding_of_results(level, x.dtype),
+    ).double()
+    error, allowed = (got - want).norm() / want.norm(), (rounded - want).norm() / want.norm()
+    if not error <= 2 * allowed + 1e-6:
+        raise SystemExit(f"wrong result: error {error:.2e}, rounding explains {allowed:.2e}")
+    return float(error / allowed)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--experts", type=int, default=8, help="experts per call (K)")
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--levels", nargs="+", default=list(LEVELS), choices=LEVELS)
+    parser.add_argument(
+        "--own-threads", action="store_true", help="the native pool instead of torch's threads"
+    )
+    parser.add_argument(
+        "--write", action="store_true", help="append rows to bench/results/expert_ffn.csv"
+    )
+    args = parser.parse_args()
+    threads.use_own_threads() if args.own_threads else threads.share_torch_threads()
+    rng = np.random.default_rng(0)
+    arena = Arena(COLD_BYTES + (1 << 20))
+    rows_out = []
+    for hidden, intermediate in SHAPES:
+        for level in (LEVELS.index(name) for name in args.levels):
+            experts = experts_of(arena, rng, hidden, intermediate, level)
+            for rows in args.rows:
+                x = torch.randn(rows, hidden).bfloat16()
+                worse = check(experts, x, level)
+                num = args.experts
+                tokens = [np.arange(rows, dtype=np.int32)] * num
+                pairs = [np.arange(rows, dtype=np.int32) + i * rows for i in range(num)]
+                out = torch.empty(num * rows, hidden)
+                call_bytes = expert_ffn_bytes(
+                    hidden,
+                    intermediate,
+                    gated=True,
+                    level=level,
+                    num_experts=num,
+                    num_rows=num * rows,
+                )
+                calls = -(-TURN_BYTES // call_bytes)
+                nbytes = calls * call_bytes
+                state = {"expert": 0, "read": 0}
+
+                def ours(
+                    num=num,
+                    x=x,
+                    tokens=tokens,
+                    pairs=pairs,
+                    out=out,
+                    state=state,
+                    experts=experts,
+                    calls=calls,
+                ):
+                    for _ in range(calls):
+                        chosen = [experts[(state["expert"] + i) % len(experts)] for i in range(num)]
+                        state["expert"] += num
+                        # Not through the wrapper: the runtime calls this from C++.
+                        _C.expert_ffn(
+                            chosen, tokens, pairs, 0, 0.0, 0.0, x.data_ptr(), DTYPES[x.dtype],
+                            len(x), x.stride(0), out.data_ptr(), len(out),
+                        )  # fmt: skip
+
+                def read(nbytes=nbytes, state=state):
+                    nbytes = min(nbytes, COLD_BYTES) // 64 * 64
+                    if state["read"] + nbytes > COLD_BYTES:
+                        state["read"] = 0
+                    at = arena.base + state["read"]
+                    state["read"] += nbytes
+                    _C.stream_read(arena.data[at : at + nbytes])
+
+                times = interleave({"ours": ours, "read": read}, args.repeats)
+                low, mid, high = quantiles(times["ours"])
+                speed = nbytes / times["ours"] / 1e9
+                ceiling = min(nbytes, COLD_BYTES) / times["read"] / 1e9
+                share = float(np.median(speed / ceiling))
+                best = float(speed.max() / ceiling.max())
+                row = {
+                    "op": "expert_ffn", "T": rows, "H": hidden, "I": intermediate, "K": num, "level": LEVELS[level],
+                    "us": round(mid / calls * 1e6, 1), "us_p20": round(low / calls * 1e6, 1),
+                    "us_p80": round(high / calls * 1e6, 1), "GBps": round(float(np.median(speed)), 2),
+                    "ceiling_GBps": round(float(np.median(ceiling)), 2), "share": round(share, 3),
+                    "share_of_best": round(best, 3), "error_ratio": round(worse, 2),
+                    "pool": "own" if args.own_threads else "torch",
+                }  # fmt: skip
+                rows_out.append(row)
+                print(
+                    f"expert_ffn T={rows} H={hidden} I={intermediate} K={num} {LEVELS[level]:6s}"
+                    f" | {row['us']:8.1f} us ({row['us_p20']}-{row['us_p80']}) | {row['GBps']:6.2f} GB/s"
+                    f" | {share:5.1%} of read ({row['ceiling_GBps']} GB/s; best/best {best:5.1%})"
+                    f" | error {worse:.2f}x its rounding",
+                    flush=True,
+                )
+    if args.write:
+        print(write_rows("expert_ffn", rows_out))
+
+
+if __name__ == "__main__":
+    main()
