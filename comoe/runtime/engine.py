@@ -109,4 +109,4 @@ class Records:
         return 8.0 * (masks @ per_record) / self._weights
 
 
-assert EXACT == len(LEVEL_MASKS) - 1
+assert len(LEVEL_MASKS) - 1 == EXACT
