@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import struct
 from dataclasses import replace
 
@@ -98,7 +97,7 @@ class PlainReader:
         table = {2: tables[:4], 3: tables[4:12], 4: tables[12:], 8: range(256)}[b]
         params = self.params_at(m) + 32 * (tile * self.counts(m)[2] + col // 128)
         scale_q, zero = payloads[0][params + r], payloads[0][params + 16 + r]
-        return math.exp2(log2_min + log2_step * scale_q) * (table[code >> (8 - b)] - zero)
+        return 2.0 ** (log2_min + log2_step * scale_q) * (table[code >> (8 - b)] - zero)
 
     def element(self, payload, m, row, col):
         r, c = row % 16, col % 32
