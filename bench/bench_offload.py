@@ -22,6 +22,7 @@ from harness import write_rows
 from synthetic import make_checkpoint
 
 import comoe
+from comoe import _C
 
 
 def decode(model, prompt: torch.Tensor, tokens: int) -> tuple[float, dict, dict]:
@@ -35,11 +36,16 @@ def decode(model, prompt: torch.Tensor, tokens: int) -> tuple[float, dict, dict]
     return seconds / tokens, before, model.comoe.stats()
 
 
-def disk_bandwidth(folder: Path, threads: int) -> float:
-    """Bytes per second of direct reads of whole layers, several in flight."""
-    from comoe.storage_probe import direct_read_bandwidth
-
-    return direct_read_bandwidth(sorted((folder / "experts").glob("layer-*.bin")), threads=threads)
+def disk_bandwidth(folder: Path, chunk_bytes: int, depth: int = 8) -> float:
+    """Bytes per second of raw direct reads of whole layer files, `depth` in flight: no engine, no
+    checksum, no pages."""
+    files = sorted((folder / "experts").glob("layer-*.bin"))
+    total = seconds = 0.0
+    for file in files[:3]:
+        size = file.stat().st_size // 4096 * 4096
+        seconds += _C.raw_read_seconds(str(file), 0, size, chunk_bytes, depth)
+        total += size
+    return total / seconds
 
 
 def main() -> None:
@@ -72,7 +78,7 @@ def run(folder: Path, args: argparse.Namespace) -> None:
     rows = []
     for repeat in range(args.repeats):
         compute, _, _ = decode(full, prompt, args.tokens)
-        bandwidth = disk_bandwidth(folder, part.comoe.config.io_threads)
+        bandwidth = disk_bandwidth(folder, 1 << 20)
         seconds, before, after = decode(part, prompt, args.tokens)
         read = (after["bytes_read"]["disk"] - before["bytes_read"]["disk"]) / args.tokens
         engine = {
