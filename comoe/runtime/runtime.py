@@ -19,7 +19,7 @@ from comoe.runtime.prefill import forward_unpacked
 from comoe.runtime.spec import ExpertsSpec
 from comoe.store import Store
 from comoe_kernels.expert_ffn import prefill_rows
-from comoe_kernels.threads import share_torch_threads
+from comoe_kernels.threads import use_own_threads
 
 PREFETCH, UPGRADE = 1, 2  # classes of transfers
 SCRATCH_BYTES = 1_000_000  # of the kernels; disk reads go straight into the pool's pages
@@ -59,7 +59,7 @@ class Runtime:
         self._closed = False
         self._calm = 0
         self._step = 0
-        share_torch_threads()
+        use_own_threads()
         if config.threads:
             _C.set_num_threads(config.threads)
 
