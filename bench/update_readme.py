@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 RESULTS = ROOT / "bench" / "results" / "demo.json"
 BEGIN, END = "<!-- figures of bench/results/demo.json -->", "<!-- end of figures -->"
 KEPT = (
