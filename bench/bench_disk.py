@@ -52,7 +52,7 @@ class EngineReader:
     """Reads records through a session, as a MoE layer does, in a pool far smaller than the file."""
 
     def __init__(self, path: Path, extent: int, record: int, crcs: list[int], **kwargs):
-        slab = PAGE * 256
+        slab = PAGE * 256  # 18 MiB, whole huge pages
         budget = max(96 << 20, 6 * extent) // slab * slab
         self.engine = _C.Engine(PAGE, slab, budget, level_masks=[1], **kwargs)
         file = self.engine.add_file(str(path))
@@ -83,8 +83,8 @@ class EngineReader:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dir", type=Path, default=ROOT / "build" / "bench")
-    parser.add_argument("--file-mb", type=int, default=2048)
-    parser.add_argument("--turn-mb", type=int, default=96)
+    parser.add_argument("--file-mb", type=int, default=3072)
+    parser.add_argument("--turn-mb", type=int, default=160)
     parser.add_argument("--record-mb", type=float, default=9.44)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--depths", type=int, nargs="+", default=[2, 4, 8, 16])
@@ -105,7 +105,9 @@ def main() -> None:
         )
     for io in ("threads", "uring"):
         for depth in args.depths:
-            engine = EngineReader(path, extent, record, crcs, io=io, io_threads=depth)
+            engine = EngineReader(
+                path, extent, record, crcs, io=io, io_threads=depth, uring_depth=depth
+            )
             readers[f"engine {io}, {depth} in flight"] = engine.read
     buffered = EngineReader(path, extent, record, crcs, io="threads", io_threads=4, direct=False)
     readers["engine buffered, 4 in flight"] = buffered.read

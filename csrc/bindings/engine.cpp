@@ -171,7 +171,7 @@ void bind_engine(py::module_& m) {
       "Keeps records of the store resident in a paged pool under a budget (docs/engine.md).")
       .def(py::init([](int64_t page_bytes, int64_t slab_bytes, int64_t budget_bytes,
                        std::vector<uint32_t> level_masks, int io_threads, bool direct, bool verify,
-                       std::string io) {
+                       std::string io, int uring_depth) {
              EngineConfig config;
              config.page_bytes = page_bytes;
              config.slab_bytes = slab_bytes;
@@ -181,11 +181,12 @@ void bind_engine(py::module_& m) {
              config.direct_io = direct;
              config.verify = verify;
              config.io = std::move(io);
+             config.uring_depth = uring_depth;
              return std::make_unique<Engine>(config);
            }),
            py::arg("page_bytes"), py::arg("slab_bytes"), py::arg("budget_bytes"), py::kw_only(),
            py::arg("level_masks"), py::arg("io_threads") = 4, py::arg("direct") = true,
-           py::arg("verify") = true, py::arg("io") = "auto")
+           py::arg("verify") = true, py::arg("io") = "auto", py::arg("uring_depth") = 16)
       .def("add_file", &Engine::add_file, py::arg("path"), py::call_guard<py::gil_scoped_release>())
       .def("add_records", &add_records, py::arg("file"), py::arg("offset"), py::arg("nbytes"),
            py::arg("crc"), "Records of whole experts, in order; returns the first id.")

@@ -43,6 +43,8 @@ EngineConfig checked(const EngineConfig& c) {
           "Engine: level_masks: expected 1 to 32 masks, each with at least one bit set");
   require(c.io_threads >= 1 && c.io_threads <= 64,
           "Engine: io_threads: expected 1 to 64, got " + std::to_string(c.io_threads));
+  require(c.uring_depth >= 1 && c.uring_depth <= 256,
+          "Engine: uring_depth: expected 1 to 256, got " + std::to_string(c.uring_depth));
   require(c.io == "auto" || c.io == "threads" || c.io == "uring",
           "Engine: io: expected auto, threads or uring, got " + c.io);
   return c;

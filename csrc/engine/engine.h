@@ -20,7 +20,8 @@ struct EngineConfig {
   int64_t slab_bytes = 0;             // multiple of page_bytes
   int64_t budget_bytes = 0;           // cap of all that is mapped for pages, whole slabs
   std::vector<uint32_t> level_masks;  // bit r of level_masks[l]: level l requires record r
-  int io_threads = 4;                 // reads in flight
+  int io_threads = 4;                 // of the reader with threads: each has one read in flight
+  int uring_depth = 16;               // reads in flight by io_uring
   bool direct_io = true;
   bool verify = true;       // check crc32c of each record when read
   std::string io = "auto";  // "auto", "threads" or "uring"

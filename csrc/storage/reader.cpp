@@ -104,9 +104,13 @@ void Reader::promote(int32_t record) {
 bool Reader::next_chunk(Chunk& chunk) {
   std::deque<ReadTask*>& from = demand_.empty() ? others_ : demand_;
   if (from.empty() || stopping_) return false;
+  // What is with the kernel cannot be overtaken, so speculation fills only half of it.
+  if (demand_.empty() && others_running_ >= std::max(1, depth() / 2)) return false;
   ReadTask* task = from.front();
   chunk = Chunk{};
   chunk.task = task;
+  chunk.demand = !demand_.empty();
+  others_running_ += !chunk.demand;
   chunk.begin = task->next;
   chunk.bytes = std::min(config_.chunk_bytes, task->extent_bytes - task->next);
   // No sliver at the end: it would cost a whole request.
@@ -200,6 +204,7 @@ void Reader::finish_chunk(const Chunk& chunk) {
   {
     std::lock_guard<std::mutex> lock(mutex_);
     --task->chunks_running;
+    others_running_ -= !chunk.demand;
     if (!task->error.empty() && task->next < task->extent_bytes) {  // no use in reading the rest
       std::deque<ReadTask*>& queue = task->job.demand ? demand_ : others_;
       queue.erase(std::find(queue.begin(), queue.end(), task));
@@ -237,9 +242,9 @@ void Reader::finish_chunk(const Chunk& chunk) {
   events_->read_done(owned->job.record, status, owned->error);
 }
 
-// io_uring read 0.91 to 0.94 of the best raw reader's rate at 4 to 16 requests in flight, threads
-// 0.65 to 0.92 (bench/results/disk.csv; two busy cores, where waking a thread for each chunk costs
-// most). But many containers refuse it, and threads work everywhere.
+// io_uring read at 0.95 to 1.01 of the best raw reader's rate with 8 to 16 requests in flight, threads at 0.85
+// to 0.92 with 4 to 32 (bench/results/disk.csv); on busy cores threads fell to 0.65. But many containers
+// refuse io_uring, and threads work everywhere.
 std::unique_ptr<Reader> make_reader(const ReaderConfig& config, BackendEvents* events) {
   if (config.kind != "threads")
     if (auto reader = make_uring_reader(config, events)) return reader;

@@ -25,7 +25,8 @@ namespace comoe {
 struct ReaderConfig {
   int64_t page_bytes = 0;
   int64_t chunk_bytes = int64_t{1} << 20;
-  int depth = 4;  // requests in flight
+  int num_threads = 4;   // threads: each has one request in flight
+  int uring_depth = 16;  // io_uring: requests in flight, which cost it nothing
   bool direct = true;
   bool verify = true;
   std::string kind = "auto";  // "threads", or io_uring where it works ("uring" and "auto")
@@ -54,6 +55,7 @@ struct ReadTask {
 };
 struct Chunk {
   ReadTask* task = nullptr;
+  bool demand = false;           // when it was issued
   int64_t begin = 0, bytes = 0;  // within the extent
   int64_t done = 0;              // after short reads
   int attempts = 0;
@@ -75,6 +77,7 @@ class Reader {
  protected:
   virtual void wake() = 0;  // there is something to do; called with the lock held
 
+  virtual int depth() const = 0;  // most requests in flight
   bool next_chunk(Chunk& chunk);  // with the lock held
 
   // Without it, once per system call for a chunk:
@@ -100,6 +103,7 @@ class Reader {
 
   std::vector<std::unique_ptr<DataFile>> files_;
   std::map<int32_t, std::unique_ptr<ReadTask>> tasks_;  // by record
+  int others_running_ = 0;                              // chunks
   std::deque<ReadTask*> demand_, others_;               // with bytes that no chunk covers yet
 };
 

@@ -13,7 +13,7 @@ namespace {
 class ThreadReader final : public Reader {
  public:
   ThreadReader(const ReaderConfig& config, BackendEvents* events) : Reader(config, events) {
-    for (int i = 0; i < config.depth; ++i) threads_.emplace_back([this] { work(); });
+    for (int i = 0; i < config.num_threads; ++i) threads_.emplace_back([this] { work(); });
   }
   ~ThreadReader() override { stop(); }
   const char* kind() const override { return "threads"; }
@@ -29,6 +29,7 @@ class ThreadReader final : public Reader {
   }
 
  private:
+  int depth() const override { return config_.num_threads; }
   void wake() override { work_to_do_.notify_all(); }
 
   void work() {

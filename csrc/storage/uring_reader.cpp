@@ -1,4 +1,4 @@
-// Requests in flight by io_uring: one thread keeps up to `depth` chunks with the kernel.
+// Requests in flight by io_uring: one thread keeps up to uring_depth chunks with the kernel.
 // Straight system calls: the few that are needed do not justify a library.
 #include <linux/io_uring.h>
 #include <poll.h>
@@ -125,8 +125,8 @@ class UringReader final : public Reader {
 
   bool start() {
     event_fd_ = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    if (event_fd_ < 0 || !ring_.open(static_cast<unsigned>(config_.depth) + 1)) return false;
-    slots_.resize(config_.depth);
+    if (event_fd_ < 0 || !ring_.open(static_cast<unsigned>(config_.uring_depth) + 1)) return false;
+    slots_.resize(config_.uring_depth);
     for (size_t i = 0; i < slots_.size(); ++i) free_.push_back(i);
     thread_ = std::thread([this] { work(); });
     return true;
@@ -149,6 +149,7 @@ class UringReader final : public Reader {
   };
   static constexpr uint64_t kWake = ~uint64_t{0};
 
+  int depth() const override { return config_.uring_depth; }
   void wake() override {
     const uint64_t one = 1;
     if (event_fd_ >= 0 && write(event_fd_, &one, sizeof(one)) < 0) {

@@ -5,11 +5,13 @@
 #include <algorithm>
 #include <atomic>
 #include <cerrno>
+#include <chrono>
 #include <condition_variable>
 #include <cstdlib>
 #include <cstring>
 #include <map>
 #include <mutex>
+#include <thread>
 #include <vector>
 
 #include "../storage/crc32c.h"
@@ -201,7 +203,7 @@ static void test_faults() {
     ReaderConfig config;
     config.page_bytes = 8192;
     config.chunk_bytes = 65536;
-    config.depth = 2;
+    config.num_threads = 2;
     config.kind = "threads";
     config.direct = direct;
     config.preadv = faulty_preadv;
@@ -292,7 +294,7 @@ static void test_order() {
   ReaderConfig config;
   config.page_bytes = 4096;
   config.chunk_bytes = 8192;
-  config.depth = 1;
+  config.num_threads = 1;
   config.kind = "threads";
   config.preadv = gated_preadv;
   Results results;
@@ -321,6 +323,41 @@ static void test_order() {
   CHECK((results.order == std::vector<int32_t>{3, 2, 0, 1}));
   reader->stop();
   gate_open = 0;
+}
+
+// Speculation fills half of what may be in flight, so that demand always finds the other half.
+static void test_room_for_demand() {
+  gate_open = gate_waiting = 0;
+  Store store({40000, 40000, 40000});
+  ReaderConfig config;
+  config.page_bytes = 4096;
+  config.chunk_bytes = 8192;
+  config.num_threads = 4;
+  config.kind = "threads";
+  config.preadv = gated_preadv;
+  Results results;
+  auto reader = reader_of(config, results);
+  reader->add_file(store.path);
+  std::vector<std::unique_ptr<Pages>> pages;
+  for (int i = 0; i < 3; ++i) pages.push_back(std::make_unique<Pages>(4096, 40000));
+  for (int i = 0; i < 3; ++i) {
+    reader->submit({i, store.infos[i], pages[i]->pages.data(), i == 2});
+    std::unique_lock<std::mutex> lock(gate_mutex);
+    const int expected = i < 2 ? 2 : 4;
+    while (gate_waiting < expected) gate_changed.wait(lock);
+    lock.unlock();
+    std::this_thread::sleep_for(std::chrono::milliseconds(5));  // time to do wrong
+    lock.lock();
+    CHECK(gate_waiting == expected);
+  }
+  {
+    std::lock_guard<std::mutex> lock(gate_mutex);
+    gate_open = 1000;
+    gate_changed.notify_all();
+  }
+  results.wait_for(3);
+  for (int i = 0; i < 3; ++i) CHECK(pages[i]->holds(store.payloads[i]));
+  reader->stop();
 }
 
 static void test_files() {
@@ -380,6 +417,7 @@ int main() {
   }
   test_faults();
   test_order();
+  test_room_for_demand();
   test_files();
   return check_failures != 0;
 }
