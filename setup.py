@@ -17,7 +17,11 @@ class NinjaBuild(build_ext):
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
         output.parent.mkdir(parents=True, exist_ok=True)
         # An editable install has a fresh temporary folder each time; objects in build/ are kept.
-        objects = ROOT / "build" / Path(self.build_temp).name if self.editable_mode else Path(self.build_temp).resolve()
+        objects = (
+            ROOT / "build" / Path(self.build_temp).name
+            if self.editable_mode
+            else Path(self.build_temp).resolve()
+        )
         try:
             build_extension(objects, output)
         except BuildError as error:

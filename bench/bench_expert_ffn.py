@@ -112,13 +112,13 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--levels", nargs="+", default=list(LEVELS), choices=LEVELS)
     parser.add_argument(
-        "--own-threads", action="store_true", help="the native pool instead of torch's threads"
+        "--torch-threads", action="store_true", help="inside torch's OpenMP, not the native pool"
     )
     parser.add_argument(
         "--write", action="store_true", help="append rows to bench/results/expert_ffn.csv"
     )
     args = parser.parse_args()
-    threads.use_own_threads() if args.own_threads else threads.share_torch_threads()
+    threads.share_torch_threads() if args.torch_threads else threads.use_own_threads()
     rng = np.random.default_rng(0)
     arena = Arena(COLD_BYTES + (1 << 20))
     rows_out = []
@@ -183,7 +183,7 @@ def main() -> None:
                     "us_p80": round(high / calls * 1e6, 1), "GBps": round(float(np.median(speed)), 2),
                     "ceiling_GBps": round(float(np.median(ceiling)), 2), "share": round(share, 3),
                     "share_of_best": round(best, 3), "error_ratio": round(worse, 2),
-                    "pool": "own" if args.own_threads else "torch",
+                    "pool": "torch" if args.torch_threads else "own",
                 }  # fmt: skip
                 rows_out.append(row)
                 print(

@@ -30,14 +30,14 @@ def main() -> None:
     parser.add_argument("--levels", nargs="+", default=list(LEVELS), choices=LEVELS)
     parser.add_argument("--isa", default="auto", help="force an instruction set, such as avx2")
     parser.add_argument(
-        "--own-threads", action="store_true", help="the native pool instead of torch's threads"
+        "--torch-threads", action="store_true", help="inside torch's OpenMP, not the native pool"
     )
     parser.add_argument(
         "--write", action="store_true", help="append rows to bench/results/unpack.csv"
     )
     args = parser.parse_args()
     _C.force_isa(args.isa)
-    threads.use_own_threads() if args.own_threads else threads.share_torch_threads()
+    threads.share_torch_threads() if args.torch_threads else threads.use_own_threads()
     rng = np.random.default_rng(0)
     bench_expert_ffn.COLD_BYTES = (
         128 << 20
@@ -106,7 +106,7 @@ def main() -> None:
                     "share": round(share, 3), "unpack_share": round(unpacking, 3),
                     "unpack_GBps": round(nbytes / float(np.median(times["unpack"])) / 1e9, 2),
                     "speedup_over_decode": round(gain, 2),
-                    "pool": "own" if args.own_threads else "torch",
+                    "pool": "torch" if args.torch_threads else "own",
                 }  # fmt: skip
                 rows_out.append(row)
                 print(

@@ -21,7 +21,9 @@ def register() -> None:
     register_quantizer()
 
 
-def load(path: str | os.PathLike, memory: str | int | None = None, *, exact: bool = False, **options: Any):
+def load(
+    path: str | os.PathLike, memory: str | int | None = None, *, exact: bool = False, **options: Any
+):
     """A transformers model that keeps within `memory`, beside the interpreter's own baseline.
 
     path: a folder made by `comoe pack`, an unpacked checkpoint folder, or a hub id; the last two are
@@ -59,7 +61,14 @@ def load_tokenizer(path: str | os.PathLike):
     return AutoTokenizer.from_pretrained(path)
 
 
-def offload(model, memory: str | int, *, exact: bool = False, folder: str | os.PathLike | None = None, **options: Any):
+def offload(
+    model,
+    memory: str | int,
+    *,
+    exact: bool = False,
+    folder: str | os.PathLike | None = None,
+    **options: Any,
+):
     """Moves the experts of a model that is in memory into a store, and runs them from there.
 
     The MoE layers are replaced in place, layer by layer, each layer's weights being freed once they
@@ -102,7 +111,11 @@ def _from_hub(name: str) -> Path:
     if name.count("/") > 1 or name.startswith((".", "/", "~")):
         raise FileNotFoundError(f"load: {name} is not a folder; give a model folder or a hub id")
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]))
+        return Path(
+            snapshot_download(
+                name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+            )
+        )
     except (HFValidationError, OSError) as error:
         raise FileNotFoundError(
             f"load: {name} is neither a folder here nor a model that could be fetched from the hub ({error})"
@@ -117,4 +130,8 @@ def _fingerprint(folder: Path) -> str:
 
 
 def _print_progress(done: int, total: int) -> None:
-    print(f"\rcomoe: packed {done / max(total, 1):6.1%}", end="\n" if done >= total else "", file=sys.stderr)
+    print(
+        f"\rcomoe: packed {done / max(total, 1):6.1%}",
+        end="\n" if done >= total else "",
+        file=sys.stderr,
+    )

@@ -22,7 +22,9 @@ ISA_FLAGS = {
     "_avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c",
     "_vnni": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vbmi -mavx512vnni -mavx512bf16 -mfma -mf16c",
 }
-BASE_FLAGS = "-std=c++17 -O3 -g1 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-unused-parameter -pthread"
+BASE_FLAGS = (
+    "-std=c++17 -O3 -g1 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-unused-parameter -pthread"
+)
 CUDA_FLAGS = "-std=c++17 -O3 -lineinfo -Xcompiler -fPIC,-fvisibility=hidden -Xptxas -warn-spills"
 SANITIZERS = {
     "": "",
@@ -61,13 +63,17 @@ def find_nvcc(build_dir: Path) -> str | None:
     nvcc = next((found for place in places if (found := shutil.which("nvcc", path=place))), None)
     if nvcc is None:
         if wish == "1":
-            raise BuildError("COMOE_CUDA=1, but there is no nvcc on PATH, in CUDA_HOME or in /usr/local/cuda")
+            raise BuildError(
+                "COMOE_CUDA=1, but there is no nvcc on PATH, in CUDA_HOME or in /usr/local/cuda"
+            )
         return None
     trouble = nvcc_trouble(nvcc, build_dir)
     if trouble and wish == "1":
         raise BuildError(f"COMOE_CUDA=1, but {nvcc} cannot compile:\n{trouble}")
     if trouble:
-        print(f"comoe: built WITHOUT CUDA, since {nvcc} cannot compile:\n{trouble}", file=sys.stderr)
+        print(
+            f"comoe: built WITHOUT CUDA, since {nvcc} cannot compile:\n{trouble}", file=sys.stderr
+        )
     return None if trouble else nvcc
 
 
@@ -79,7 +85,9 @@ def nvcc_trouble(nvcc: str, build_dir: Path) -> str:
     if passed.exists() and passed.read_text() == key:
         return ""
     build_dir.mkdir(parents=True, exist_ok=True)
-    probe.write_text("#include <cuda_runtime.h>\n__global__ void f() {}\nint main() { f<<<1, 1>>>(); }\n")
+    probe.write_text(
+        "#include <cuda_runtime.h>\n__global__ void f() {}\nint main() { f<<<1, 1>>>(); }\n"
+    )
     command = [nvcc, "-c", str(probe), "-o", str(build_dir / "probe.o"), *nvcc_host_compiler()]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
@@ -94,10 +102,14 @@ def nvcc_host_compiler() -> list[str]:
 
 def cuda_library_flags(nvcc: str) -> str:
     """Where the static runtime lies: asked of nvcc, which may be a wrapper far from its toolkit."""
-    query = subprocess.run([nvcc, "-dryrun", "-x", "cu", os.devnull], capture_output=True, text=True)
+    query = subprocess.run(
+        [nvcc, "-dryrun", "-x", "cu", os.devnull], capture_output=True, text=True
+    )
     line = next((s for s in query.stderr.splitlines() if s.startswith("#$ LIBRARIES=")), None)
     if line is None:
-        raise BuildError(f"{nvcc} -dryrun names no LIBRARIES; COMOE_CUDA=0 builds without CUDA:\n{query.stderr}")
+        raise BuildError(
+            f"{nvcc} -dryrun names no LIBRARIES; COMOE_CUDA=0 builds without CUDA:\n{query.stderr}"
+        )
     folders = [word for word in shlex.split(line.partition("=")[2]) if not word.endswith("stubs")]
     return " ".join([*map(shlex.quote, folders), "-lcudart_static", "-ldl", "-lrt"])
 
@@ -107,15 +119,25 @@ def cuda_arch_flags(nvcc: str) -> str:
     archs = [a.strip() for a in os.environ.get("COMOE_CUDA_ARCHS", "").split(";") if a.strip()]
     wrong = [a for a in archs if not re.fullmatch(r"[1-9][0-9]{1,2}[af]?", a)]
     if wrong:
-        raise BuildError(f"COMOE_CUDA_ARCHS: expected a list such as '80;90', got {';'.join(wrong)!r}")
+        raise BuildError(
+            f"COMOE_CUDA_ARCHS: expected a list such as '80;90', got {';'.join(wrong)!r}"
+        )
     ptx = [] if archs else ["90"]
     if not archs and shutil.which("nvidia-smi"):
         query = subprocess.run(
-            ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"], capture_output=True, text=True
+            ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
         )
-        caps = re.findall(r"^\s*(\d+)\.(\d+)\s*$", query.stdout, re.MULTILINE) if query.returncode == 0 else []
+        caps = (
+            re.findall(r"^\s*(\d+)\.(\d+)\s*$", query.stdout, re.MULTILINE)
+            if query.returncode == 0
+            else []
+        )
         present = sorted({major + minor for major, minor in caps}, key=int)
-        known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
+        known = subprocess.run(
+            [nvcc, "--list-gpu-code"], capture_output=True, text=True
+        ).stdout.split()
         # A GPU newer than this nvcc runs the PTX below instead.
         archs = [a for a in present if f"sm_{a}" in known]
         ptx = [] if archs and archs == present else ptx
@@ -158,9 +180,14 @@ def write_ninja(
 
     for source, flags in objects.items():
         lines += [f"build {escape(object_of(source))}: cxx {escape(source)}", f"  flags = {flags}"]
-    cuda_flags = f"{CUDA_FLAGS} {cuda_arch_flags(nvcc)} {shlex.join(nvcc_host_compiler())}" if nvcc else ""
+    cuda_flags = (
+        f"{CUDA_FLAGS} {cuda_arch_flags(nvcc)} {shlex.join(nvcc_host_compiler())}" if nvcc else ""
+    )
     for source in cuda_sources or []:
-        lines += [f"build {escape(object_of(source))}: nvcc {escape(source)}", f"  flags = {cuda_flags}"]
+        lines += [
+            f"build {escape(object_of(source))}: nvcc {escape(source)}",
+            f"  flags = {cuda_flags}",
+        ]
     for output, sources in links.items():
         inputs = " ".join(escape(object_of(s)) for s in sources)
         shared = "-shared " if output.suffix == ".so" else ""
@@ -179,7 +206,9 @@ def run_ninja(build_dir: Path, *targets: str) -> None:
     command = [ninja, *quiet, "-C", str(build_dir), *(["-j", jobs] if jobs else []), *targets]
     result = subprocess.run(command)
     if result.returncode:
-        raise BuildError(f"the native code did not compile (above); {shlex.join(command)} repeats it")
+        raise BuildError(
+            f"the native code did not compile (above); {shlex.join(command)} repeats it"
+        )
 
 
 def find_cxx() -> str:
@@ -189,7 +218,9 @@ def find_cxx() -> str:
     for name in ("c++", "g++", "clang++"):
         if shutil.which(name):
             return name
-    raise BuildError("there is no C++ compiler; on Debian and Ubuntu: apt-get install g++ (or set CXX)")
+    raise BuildError(
+        "there is no C++ compiler; on Debian and Ubuntu: apt-get install g++ (or set CXX)"
+    )
 
 
 def build_extension(build_dir: Path, output: Path) -> None:
@@ -202,7 +233,9 @@ def build_extension(build_dir: Path, output: Path) -> None:
     header = Path(sysconfig.get_paths()["include"], "Python.h")
     if not header.exists():
         raise BuildError(f"{header} is missing; on Debian and Ubuntu: apt-get install python3-dev")
-    include = f"-I{shlex.quote(pybind11.get_include())} -I{shlex.quote(sysconfig.get_paths()['include'])}"
+    include = (
+        f"-I{shlex.quote(pybind11.get_include())} -I{shlex.quote(sysconfig.get_paths()['include'])}"
+    )
     nvcc = find_nvcc(build_dir)
     cuda_sources = sorted(CSRC.rglob("*.cu")) if nvcc else []
     cuda_define = " -DCOMOE_CUDA=1" if cuda_sources else ""
@@ -225,7 +258,9 @@ def build_extension(build_dir: Path, output: Path) -> None:
     run_ninja(build_dir)
 
 
-def build_tests(build_dir: Path, sanitizer: str = "", cxx: str | None = None, machine: str | None = None) -> list[Path]:
+def build_tests(
+    build_dir: Path, sanitizer: str = "", cxx: str | None = None, machine: str | None = None
+) -> list[Path]:
     """Compiles each csrc/tests/test_*.cpp with the engine into a program of its own; returns them."""
     machine = machine or platform.machine()
     flags = f"{BASE_FLAGS} {SANITIZERS[sanitizer]}"
@@ -236,7 +271,11 @@ def build_tests(build_dir: Path, sanitizer: str = "", cxx: str | None = None, ma
     # Another machine's programs are static: its C library need not be installed where they are emulated.
     static = " -static" if machine != platform.machine() else ""
     write_ninja(
-        build_dir, objects, links, cxx=cxx or find_cxx(), link_flags=f"-pthread {SANITIZERS[sanitizer]}{static}"
+        build_dir,
+        objects,
+        links,
+        cxx=cxx or find_cxx(),
+        link_flags=f"-pthread {SANITIZERS[sanitizer]}{static}",
     )
     run_ninja(build_dir)
     return list(links)
@@ -259,9 +298,14 @@ def main() -> None:
     parser.add_argument("--sanitizer", choices=sorted(SANITIZERS), default="")
     parser.add_argument("--cxx", default=None, help="a cross compiler; with --machine and --runner")
     parser.add_argument("--machine", default=None, help="as uname -m says it: aarch64")
-    parser.add_argument("--runner", default="", help="command put before each test program (an emulator)")
+    parser.add_argument(
+        "--runner", default="", help="command put before each test program (an emulator)"
+    )
     args = parser.parse_args()
-    build_dir = args.build_dir or CSRC.parent / "build" / f"native-{args.machine or args.sanitizer or 'plain'}"
+    build_dir = (
+        args.build_dir
+        or CSRC.parent / "build" / f"native-{args.machine or args.sanitizer or 'plain'}"
+    )
     runner = shlex.split(args.runner)
     if args.sanitizer == "thread" and not runner and shutil.which("setarch"):
         # GCC 12's TSan does not know the address layout of kernels with 32 random bits.
@@ -269,7 +313,9 @@ def main() -> None:
     programs = build_tests(build_dir.resolve(), args.sanitizer, args.cxx, args.machine)
     unknown = set(args.names) - {p.name for p in programs}
     if unknown or not programs:
-        raise BuildError(f"no native test {', '.join(sorted(unknown))}; there are: {' '.join(p.name for p in programs)}")
+        raise BuildError(
+            f"no native test {', '.join(sorted(unknown))}; there are: {' '.join(p.name for p in programs)}"
+        )
     failed = run_tests([p for p in programs if not args.names or p.name in args.names], runner)
     if failed:
         raise BuildError(f"native tests that failed: {' '.join(failed)}")

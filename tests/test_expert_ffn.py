@@ -53,7 +53,9 @@ def error(got, want):
     return (got.double() - want.double()).norm() / want.double().norm()
 
 
-def reference(expert, level, x, activation, round_activations=lambda v: v, round_results=lambda v: v):
+def reference(
+    expert, level, x, activation, round_activations=lambda v: v, round_results=lambda v: v
+):
     return expert_ffn_ref(
         x,
         expert.dense[level],
@@ -69,11 +71,15 @@ def check(got, expert, level, x, activation):
     """The kernel may be twice as far from float32 as its own rounding of activations explains."""
     want = reference(expert, level, x, activation)
     bf16 = x.dtype == torch.bfloat16 and expert.exact_dtype == torch.bfloat16
-    rounded = reference(expert, level, x, activation, rounding(level, bf16), rounding_of_results(level, x.dtype))
+    rounded = reference(
+        expert, level, x, activation, rounding(level, bf16), rounding_of_results(level, x.dtype)
+    )
     assert error(got, want) <= 2 * error(rounded, want) + 1e-6
     # and with that rounding granted, what is left is the order of float32 sums (or, where a value of the
     # intermediate lands on the other side of a rounding step, one step of it)
-    step = {0: 4e-3, 1: 4e-3, 2: 4e-3, 3: 3e-5, 4: 1e-6 if x.dtype == torch.float32 else 4e-3}[level]
+    step = {0: 4e-3, 1: 4e-3, 2: 4e-3, 3: 3e-5, 4: 1e-6 if x.dtype == torch.float32 else 4e-3}[
+        level
+    ]
     assert error(got, rounded) <= step
 
 

@@ -63,7 +63,12 @@ def least_memory(folder, **options):
 @torch.no_grad()
 def generate(model, ids, tokens=12, **options):
     return model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False, pad_token_id=0, **options
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=tokens,
+        do_sample=False,
+        pad_token_id=0,
+        **options,
     )
 
 
@@ -88,7 +93,12 @@ def test_batches_left_padding_and_beams(load, plain, tokenizer):
     for options in ({}, {"num_beams": 3}):
         out = [
             m.generate(
-                batch.input_ids, attention_mask=batch.attention_mask, max_new_tokens=8, do_sample=False, pad_token_id=0, **options
+                batch.input_ids,
+                attention_mask=batch.attention_mask,
+                max_new_tokens=8,
+                do_sample=False,
+                pad_token_id=0,
+                **options,
             )
             for m in (model, plain)
         ]

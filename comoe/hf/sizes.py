@@ -30,7 +30,14 @@ def _attribute(config, *names: str, default: int = 0) -> int:
 def experts_per_token(model: nn.Module) -> int:
     """K, the most experts that one token uses in a layer."""
     config = model.config.get_text_config()
-    names = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
+    names = (
+        "num_experts_per_tok",
+        "num_experts_per_token",
+        "moe_topk",
+        "moe_top_k",
+        "moe_k",
+        "top_k_experts",
+    )
     inner = getattr(config, "ffn_config", config)  # DBRX
     return _attribute(config, *names, default=_attribute(inner, *names, default=2))
 
@@ -51,7 +58,9 @@ def model_sizes(model: nn.Module, experts_per_token: int, expert_intermediate: i
     )
     head_dim = _attribute(config, "head_dim", "d_kv", default=max(hidden // max(heads, 1), 1))
     kv_heads = _attribute(config, "num_key_value_heads", default=heads)
-    dense_intermediate = _attribute(config, "intermediate_size", "d_ff", "decoder_ffn_dim", default=4 * hidden)
+    dense_intermediate = _attribute(
+        config, "intermediate_size", "d_ff", "decoder_ffn_dim", default=4 * hidden
+    )
     vocabulary = _attribute(config, "vocab_size", default=32_000)
     kv = 2 * layers * kv_heads * head_dim * element
     if getattr(model.config, "is_encoder_decoder", False):

@@ -36,7 +36,9 @@ class Sizes:
 
     def level_bytes(self, level: int) -> np.ndarray:
         """int64 [L]: one expert at `level`."""
-        wanted = np.array([(LEVEL_MASKS[level] >> r) & 1 for r in range(self.record_bytes.shape[1])])
+        wanted = np.array(
+            [(LEVEL_MASKS[level] >> r) & 1 for r in range(self.record_bytes.shape[1])]
+        )
         return self.record_bytes @ wanted
 
     def total(self, level: int) -> int:

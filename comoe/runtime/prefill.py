@@ -48,9 +48,7 @@ def forward_unpacked(
     flat = index.reshape(-1)
     order = flat.argsort(stable=True)
     bounds = torch.searchsorted(flat[order], torch.arange(spec.num_experts + 1)).tolist()
-    experts = np.array(
-        [e for e in range(spec.num_experts) if bounds[e] < bounds[e + 1]], np.int32
-    )
+    experts = np.array([e for e in range(spec.num_experts) if bounds[e] < bounds[e + 1]], np.int32)
     total = torch.zeros((tokens, spec.hidden), dtype=torch.float64)
     flat_weights = weights.reshape(-1)
     workspace = Workspace()

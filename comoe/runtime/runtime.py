@@ -304,4 +304,3 @@ class Runtime:
                 self.engine.close()
                 if self._on_close:
                     self._on_close()
-

@@ -6,7 +6,6 @@
 #include "../cpu/expert_ffn.h"
 #include "../cpu/parallel.h"
 #include "../cpu/stream.h"
-
 #include "bindings.h"
 #include "paged_expert.h"
 
@@ -19,17 +18,18 @@ void check_dtype(const char* op, int dtype) {
     throw std::invalid_argument(std::string(op) + ": dtype must be 0 (fp32), 1 (bf16) or 2 (fp16)");
 }
 
-void bind_expert_ffn(const std::vector<const PagedExpert*>& experts, const std::vector<Array<int32_t>>& tokens,
-                     const std::vector<Array<int32_t>>& pairs, int activation, float alpha, float limit,
-                     uintptr_t x, int x_dtype, int64_t num_tokens, int64_t x_stride, uintptr_t out,
-                     int64_t num_pairs) {
+void bind_expert_ffn(const std::vector<const PagedExpert*>& experts,
+                     const std::vector<Array<int32_t>>& tokens,
+                     const std::vector<Array<int32_t>>& pairs, int activation, float alpha,
+                     float limit, uintptr_t x, int x_dtype, int64_t num_tokens, int64_t x_stride,
+                     uintptr_t out, int64_t num_pairs) {
   auto fail = [](const std::string& text) { throw std::invalid_argument("expert_ffn: " + text); };
   if (experts.empty()) return;
   check_dtype("expert_ffn", x_dtype);
   if (activation < 0 || activation > 6) fail("unknown activation " + std::to_string(activation));
   if (tokens.size() != experts.size() || pairs.size() != experts.size())
-    fail("expected one array of tokens and of pairs per expert (" + std::to_string(experts.size()) + "), got " +
-         std::to_string(tokens.size()) + " and " + std::to_string(pairs.size()));
+    fail("expected one array of tokens and of pairs per expert (" + std::to_string(experts.size()) +
+         "), got " + std::to_string(tokens.size()) + " and " + std::to_string(pairs.size()));
   FfnSpec spec{experts[0]->geometry, static_cast<Activation>(activation), alpha, limit};
   if (x_stride < spec.geometry.hidden && num_tokens > 1)
     fail("x: row stride " + std::to_string(x_stride) + " is less than H");
@@ -40,27 +40,28 @@ void bind_expert_ffn(const std::vector<const PagedExpert*>& experts, const std::
         a.biased != b.biased || a.exact_dtype != b.exact_dtype)
       fail("expert " + std::to_string(t) + " has another geometry than expert 0");
     if (tokens[t].size() != pairs[t].size())
-      fail("expert " + std::to_string(t) + ": " + std::to_string(tokens[t].size()) + " tokens but " +
-           std::to_string(pairs[t].size()) + " pairs");
+      fail("expert " + std::to_string(t) + ": " + std::to_string(tokens[t].size()) +
+           " tokens but " + std::to_string(pairs[t].size()) + " pairs");
     for (int64_t i = 0; i < tokens[t].size(); ++i) {
       if (tokens[t].data()[i] < 0 || tokens[t].data()[i] >= num_tokens)
-        fail("token index " + std::to_string(tokens[t].data()[i]) + " is outside x with T = " +
-             std::to_string(num_tokens));
+        fail("token index " + std::to_string(tokens[t].data()[i]) +
+             " is outside x with T = " + std::to_string(num_tokens));
       if (pairs[t].data()[i] < 0 || pairs[t].data()[i] >= num_pairs)
         fail("pair index " + std::to_string(pairs[t].data()[i]) + " is outside out with " +
              std::to_string(num_pairs) + " rows");
     }
-    tasks.push_back(
-        {&experts[t]->view, tokens[t].data(), pairs[t].data(), static_cast<int32_t>(tokens[t].size())});
+    tasks.push_back({&experts[t]->view, tokens[t].data(), pairs[t].data(),
+                     static_cast<int32_t>(tokens[t].size())});
   }
   py::gil_scoped_release release;
   expert_ffn(spec, tasks.data(), static_cast<int>(tasks.size()), reinterpret_cast<const void*>(x),
-                    static_cast<DType>(x_dtype), x_stride, reinterpret_cast<float*>(out));
+             static_cast<DType>(x_dtype), x_stride, reinterpret_cast<float*>(out));
 }
 
 }  // namespace
 
-// Tensors come as addresses: torch's bf16 has no numpy type. The wrappers in comoe_kernels check them.
+// Tensors come as addresses: torch's bf16 has no numpy type. The wrappers in comoe_kernels check
+// them.
 void bind_cpu(py::module_& m) {
   py::class_<PagedExpert>(m, "PagedExpert")
       .def(py::init<int64_t, int64_t, bool, bool, int, int,
@@ -68,47 +69,54 @@ void bind_cpu(py::module_& m) {
            py::arg("hidden"), py::arg("intermediate"), py::arg("gated"), py::arg("biased"),
            py::arg("exact_dtype"), py::arg("level"), py::arg("records"), py::arg("page_bytes"))
       .def_property_readonly("hidden", [](const PagedExpert& e) { return e.geometry.hidden; })
-      .def_property_readonly("intermediate", [](const PagedExpert& e) { return e.geometry.intermediate; })
+      .def_property_readonly("intermediate",
+                             [](const PagedExpert& e) { return e.geometry.intermediate; })
       .def_property_readonly("gated", [](const PagedExpert& e) { return e.geometry.gated; })
       .def_property_readonly("biased", [](const PagedExpert& e) { return e.geometry.biased; })
-      .def_property_readonly("exact_dtype",
-                             [](const PagedExpert& e) { return static_cast<int>(e.geometry.exact_dtype); })
-      .def_property_readonly("level", [](const PagedExpert& e) { return static_cast<int>(e.view.level); })
-      .def_property_readonly("num_matrices", [](const PagedExpert& e) { return e.geometry.num_matrices(); });
+      .def_property_readonly(
+          "exact_dtype",
+          [](const PagedExpert& e) { return static_cast<int>(e.geometry.exact_dtype); })
+      .def_property_readonly("level",
+                             [](const PagedExpert& e) { return static_cast<int>(e.view.level); })
+      .def_property_readonly("num_matrices",
+                             [](const PagedExpert& e) { return e.geometry.num_matrices(); });
   m.def("expert_ffn", &bind_expert_ffn, py::arg("experts"), py::arg("tokens"), py::arg("pairs"),
         py::arg("activation"), py::arg("alpha"), py::arg("limit"), py::arg("x"), py::arg("x_dtype"),
         py::arg("num_tokens"), py::arg("x_stride"), py::arg("out"), py::arg("num_pairs"));
   m.def(
       "combine_pairs",
-      [](uintptr_t pair_out, uintptr_t weights, uintptr_t expert_idx, int64_t num_experts, int64_t T, int64_t K,
-         int64_t H, uintptr_t out, int out_dtype) {
+      [](uintptr_t pair_out, uintptr_t weights, uintptr_t expert_idx, int64_t num_experts,
+         int64_t T, int64_t K, int64_t H, uintptr_t out, int out_dtype) {
         check_dtype("combine_pairs", out_dtype);
         py::gil_scoped_release release;
-        combine_pairs(reinterpret_cast<const float*>(pair_out), reinterpret_cast<const float*>(weights),
-                             reinterpret_cast<const int64_t*>(expert_idx), num_experts, T, K, H,
-                             reinterpret_cast<void*>(out), static_cast<DType>(out_dtype));
+        combine_pairs(reinterpret_cast<const float*>(pair_out),
+                      reinterpret_cast<const float*>(weights),
+                      reinterpret_cast<const int64_t*>(expert_idx), num_experts, T, K, H,
+                      reinterpret_cast<void*>(out), static_cast<DType>(out_dtype));
       },
-      py::arg("pair_out"), py::arg("weights"), py::arg("expert_idx"), py::arg("num_experts"), py::arg("T"),
-      py::arg("K"), py::arg("H"), py::arg("out"), py::arg("out_dtype"));
+      py::arg("pair_out"), py::arg("weights"), py::arg("expert_idx"), py::arg("num_experts"),
+      py::arg("T"), py::arg("K"), py::arg("H"), py::arg("out"), py::arg("out_dtype"));
   m.def(
       "unpack_matrix",
       [](const PagedExpert& expert, int matrix, uintptr_t out, int out_dtype, int64_t ld) {
         check_dtype("unpack_matrix", out_dtype);
         if (matrix < 0 || matrix >= expert.geometry.num_matrices())
-          throw std::invalid_argument("unpack_matrix: the expert has no matrix " + std::to_string(matrix));
+          throw std::invalid_argument("unpack_matrix: the expert has no matrix " +
+                                      std::to_string(matrix));
         if (ld < expert.geometry.matrix(matrix).cols)
           throw std::invalid_argument("unpack_matrix: out: row stride " + std::to_string(ld) +
                                       " is less than the number of columns");
         py::gil_scoped_release release;
         unpack_matrix(expert.geometry, expert.view, matrix, reinterpret_cast<void*>(out),
-                             static_cast<DType>(out_dtype), ld);
+                      static_cast<DType>(out_dtype), ld);
       },
       py::arg("expert"), py::arg("matrix"), py::arg("out"), py::arg("out_dtype"), py::arg("ld"));
   m.def(
       "unpack_bias",
       [](const PagedExpert& expert, int matrix, uintptr_t out) {
         if (matrix < 0 || matrix >= expert.geometry.num_matrices() || !expert.geometry.biased)
-          throw std::invalid_argument("unpack_bias: the expert has no bias " + std::to_string(matrix));
+          throw std::invalid_argument("unpack_bias: the expert has no bias " +
+                                      std::to_string(matrix));
         unpack_bias(expert.geometry, expert.view, matrix, reinterpret_cast<float*>(out));
       },
       py::arg("expert"), py::arg("matrix"), py::arg("out"));
@@ -123,7 +131,8 @@ void bind_cpu(py::module_& m) {
       },
       py::arg("data"));
   m.def(
-      "set_num_threads", [](int n) { Parallel::instance().set_num_threads(n); }, py::arg("num_threads"));
+      "set_num_threads", [](int n) { Parallel::instance().set_num_threads(n); },
+      py::arg("num_threads"));
   m.def("num_threads", [] { return Parallel::instance().num_threads(); });
   m.def(
       "use_gomp", [](uintptr_t f) { Parallel::instance().use_gomp(reinterpret_cast<void*>(f)); },

@@ -1,10 +1,9 @@
 // The MoE operator. Tensors come as addresses, since torch's bf16 has no numpy type; comoe/runtime
 // checks them.
-#include "../runtime/moe_op.h"
-
 #include <string>
 #include <vector>
 
+#include "../runtime/moe_op.h"
 #include "bindings.h"
 #include "paged_expert.h"
 
@@ -65,7 +64,8 @@ static void forward(MoeOp& op, int layer_idx, uintptr_t x, int x_dtype, int64_t 
 }
 
 void bind_moe(py::module_& m) {
-  py::class_<MoeOp>(m, "MoeOp", "Computes MoE layers from the engine's pages, loading what is missing.")
+  py::class_<MoeOp>(m, "MoeOp",
+                    "Computes MoE layers from the engine's pages, loading what is missing.")
       .def(py::init<Engine&>(), py::arg("engine"), py::keep_alive<1, 2>())
       .def("add_layer", &add_layer, py::arg("geometry"), py::arg("activation"), py::arg("alpha"),
            py::arg("limit"), py::arg("first_record"), py::arg("num_experts"),
@@ -73,8 +73,9 @@ void bind_moe(py::module_& m) {
       .def("set_levels", &set_levels, py::arg("layer_idx"), py::arg("min_level"),
            py::arg("want_level"), "For all experts of a layer; in force from the next call on.")
       .def("forward", &forward, py::arg("layer_idx"), py::arg("x"), py::arg("x_dtype"),
-           py::arg("x_stride"), py::arg("expert_idx"), py::arg("weights"), py::arg("T"), py::arg("K"),
-           py::arg("out"), py::arg("round_products"), py::arg("used"), py::arg("ahead"))
+           py::arg("x_stride"), py::arg("expert_idx"), py::arg("weights"), py::arg("T"),
+           py::arg("K"), py::arg("out"), py::arg("round_products"), py::arg("used"),
+           py::arg("ahead"))
       .def(
           "session",
           [](MoeOp& op, int layer_idx, const py::array_t<int32_t, py::array::c_style>& experts,

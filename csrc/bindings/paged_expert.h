@@ -25,11 +25,15 @@ struct PagedExpert {
   PagedExpert(const ExpertGeometry& geometry, const ExpertView& view)
       : geometry(geometry), view(view) {}
 
-  PagedExpert(int64_t hidden, int64_t intermediate, bool gated, bool biased, int exact_dtype, int level,
-              const std::map<int, std::pair<Array<uint8_t>, Array<int64_t>>>& records, int64_t page_bytes) {
-    auto fail = [](const std::string& text) { throw std::invalid_argument("PagedExpert: " + text); };
+  PagedExpert(int64_t hidden, int64_t intermediate, bool gated, bool biased, int exact_dtype,
+              int level, const std::map<int, std::pair<Array<uint8_t>, Array<int64_t>>>& records,
+              int64_t page_bytes) {
+    auto fail = [](const std::string& text) {
+      throw std::invalid_argument("PagedExpert: " + text);
+    };
     if (hidden < 1 || intermediate < 1) fail("hidden and intermediate must be at least 1");
-    if (exact_dtype < 0 || exact_dtype > 2) fail("exact_dtype must be 0 (fp32), 1 (bf16) or 2 (fp16)");
+    if (exact_dtype < 0 || exact_dtype > 2)
+      fail("exact_dtype must be 0 (fp32), 1 (bf16) or 2 (fp16)");
     if (level < 0 || level > 4) fail("level must be 0..4, got " + std::to_string(level));
     if (page_bytes < 4096 || page_bytes % 4096)
       fail("page_bytes must be a multiple of 4096, got " + std::to_string(page_bytes));
@@ -56,10 +60,12 @@ struct PagedExpert {
         // The last page may end with the record.
         const int64_t last = geometry.record_bytes(r) - (expected - 1) * page_bytes;
         if (offset < 0 || offset + (i + 1 < expected ? page_bytes : last) > arena.size())
-          fail("record " + std::to_string(r) + ": page " + std::to_string(i) + " lies outside its array");
+          fail("record " + std::to_string(r) + ": page " + std::to_string(i) +
+               " lies outside its array");
         const uint8_t* page = arena.data() + offset;
         if (reinterpret_cast<uintptr_t>(page) % 64)
-          fail("record " + std::to_string(r) + ": page " + std::to_string(i) + " is not aligned to 64 bytes");
+          fail("record " + std::to_string(r) + ": page " + std::to_string(i) +
+               " is not aligned to 64 bytes");
         pages[r].push_back(page);
       }
       view.records[r] = {pages[r].data(), page_bytes};

@@ -283,8 +283,9 @@ struct Call {
     }
   }
 
-  // Exact experts of a 16-bit model round where transformers' own experts do (after each product, bias
-  // included, and after the activation), so that greedy decoding seldom meets a different near tie.
+  // Exact experts of a 16-bit model round where transformers' own experts do (after each product,
+  // bias included, and after the activation), so that greedy decoding seldom meets a different near
+  // tie.
   bool rounds(const FfnTask& task) const {
     return task.expert->level == Level::exact && x_dtype != DType::fp32;
   }

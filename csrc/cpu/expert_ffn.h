@@ -41,13 +41,13 @@ struct FfnTask {
 void expert_ffn(const FfnSpec& spec, const FfnTask* tasks, int num_tasks, const void* x,
                 DType x_dtype, int64_t x_stride, float* pair_out);
 
-// round_products (16-bit out only): each product is rounded to out_dtype first, as where the router's
-// weights have that dtype.
-// out[t, :] = sum over k of weight[t, k] * pair_out[t * K + k, :], in the order of k, skipping
-// pairs whose expert index is outside [0, E).  out: [T, H] of out_dtype, contiguous.
+// round_products (16-bit out only): each product is rounded to out_dtype first, as where the
+// router's weights have that dtype. out[t, :] = sum over k of weight[t, k] * pair_out[t * K + k,
+// :], in the order of k, skipping pairs whose expert index is outside [0, E).  out: [T, H] of
+// out_dtype, contiguous.
 void combine_pairs(const float* pair_out, const float* weights, const int64_t* expert_idx,
-                   int64_t num_experts, int64_t T, int64_t K, int64_t H, void* out,
-                   DType out_dtype, bool round_products = false);
+                   int64_t num_experts, int64_t T, int64_t K, int64_t H, void* out, DType out_dtype,
+                   bool round_products = false);
 
 // Matrix m of one expert, row-major [rows, cols] with row stride `ld` elements, as fp32, bf16 or
 // fp16 (rounded to nearest even; bit for bit at `exact` when out_dtype is the source's dtype).

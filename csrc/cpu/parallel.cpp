@@ -39,9 +39,10 @@ bool spin_until(Ready&& ready) {
 }
 
 // Workers wait for `epoch_` to change and run the body, but only while its gate is open: when the
-// caller has run out of work it closes the gate and waits for those inside, not for a worker that the
-// system has not let run yet. With one other busy process on 2 cores that wait was 16 ms a call, and
-// is what makes spin barriers slow. Bodies share their work out dynamically, so nobody is missed.
+// caller has run out of work it closes the gate and waits for those inside, not for a worker that
+// the system has not let run yet. With one other busy process on 2 cores that wait was 16 ms a
+// call, and is what makes spin barriers slow. Bodies share their work out dynamically, so nobody is
+// missed.
 class Workers {
  public:
   explicit Workers(int num_threads) {

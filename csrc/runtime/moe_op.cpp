@@ -6,7 +6,8 @@
 namespace comoe {
 namespace {
 
-// Scratch above this is given back after the call, so that one prefill does not raise memory for good.
+// Scratch above this is given back after the call, so that one prefill does not raise memory for
+// good.
 constexpr size_t kKeptScratchFloats = size_t{1} << 20;
 
 // Pairs of each chosen expert, in ascending order of expert and pair (a counting sort).
@@ -63,7 +64,8 @@ ExpertView MoeOp::view(int layer_idx, int64_t expert, Level level) const {
     if (!needed) continue;
     view.records[r] = {engine_.pages(first + r), engine_.page_bytes()};
     if (view.records[r].pages == nullptr)
-      throw std::logic_error("MoeOp: expert " + std::to_string(expert) + " is not resident at level " +
+      throw std::logic_error("MoeOp: expert " + std::to_string(expert) +
+                             " is not resident at level " +
                              std::to_string(static_cast<int>(level)) + "; take it from a session");
   }
   return view;
@@ -75,7 +77,8 @@ std::unique_ptr<Session> MoeOp::session(int layer_idx, const std::vector<int32_t
   std::vector<Need> needs;
   needs.reserve(experts.size());
   for (int32_t e : experts)
-    needs.push_back({layer.first_record + e * kNumRecords, layer.min_level.at(e), layer.want_level[e]});
+    needs.push_back(
+        {layer.first_record + e * kNumRecords, layer.min_level.at(e), layer.want_level[e]});
   std::unique_ptr<Session> session =
       engine_.open_session(needs.data(), static_cast<int64_t>(needs.size()));
   if (!ahead.empty())

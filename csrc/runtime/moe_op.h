@@ -13,14 +13,14 @@ namespace comoe {
 // One MoE layer as the operator sees it. The planner rewrites the levels between calls.
 struct MoeLayer {
   FfnSpec spec;
-  int32_t first_record = 0;  // record r of expert e is first_record + e * kNumRecords + r
+  int32_t first_record = 0;         // record r of expert e is first_record + e * kNumRecords + r
   std::vector<uint8_t> min_level;   // [E] compute may start at this level ...
   std::vector<uint8_t> want_level;  // [E] ... and uses the best complete one up to this
 };
 
 // Routing of one call. Indices outside [0, E) count as "no expert".
 struct MoeInput {
-  const void* x;             // [T, H] of x_dtype, row stride x_stride elements
+  const void* x;  // [T, H] of x_dtype, row stride x_stride elements
   DType x_dtype;
   int64_t x_stride;
   const int64_t* expert_idx;  // [T, K], contiguous
@@ -44,7 +44,8 @@ class MoeOp {
   void forward(int layer_idx, const MoeInput& input, void* out, uint8_t* used,
                const std::vector<int32_t>& ahead);
 
-  // A session over `experts` of a layer at their planned levels, for callers that compute themselves.
+  // A session over `experts` of a layer at their planned levels, for callers that compute
+  // themselves.
   std::unique_ptr<Session> session(int layer_idx, const std::vector<int32_t>& experts,
                                    const std::vector<int32_t>& ahead);
 

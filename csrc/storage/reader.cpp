@@ -242,9 +242,9 @@ void Reader::finish_chunk(const Chunk& chunk) {
   events_->read_done(owned->job.record, status, owned->error);
 }
 
-// io_uring read at 0.95 to 1.01 of the best raw reader's rate with 8 to 16 requests in flight, threads at 0.85
-// to 0.92 with 4 to 32 (bench/results/disk.csv); on busy cores threads fell to 0.65. But many containers
-// refuse io_uring, and threads work everywhere.
+// io_uring read at 0.95 to 1.01 of the best raw reader's rate with 8 to 16 requests in flight,
+// threads at 0.85 to 0.92 with 4 to 32 (bench/results/disk.csv); on busy cores threads fell to
+// 0.65. But many containers refuse io_uring, and threads work everywhere.
 std::unique_ptr<Reader> make_reader(const ReaderConfig& config, BackendEvents* events) {
   if (config.kind != "threads")
     if (auto reader = make_uring_reader(config, events)) return reader;
