@@ -10,7 +10,8 @@
 
 namespace comoe {
 
-// (devices as dicts, why there are none). Without CUDA in the build the functions are there all the same.
+// (devices as dicts, why there are none). Without CUDA in the build the functions are there all the
+// same.
 static py::tuple list_devices() {
   py::list devices;
   std::string why = "comoe was built without CUDA";

@@ -1,9 +1,8 @@
-#include "device.h"
-
 #include <algorithm>
 #include <stdexcept>
 
 #include "check.h"
+#include "device.h"
 
 namespace comoe {
 namespace {

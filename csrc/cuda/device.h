@@ -1,4 +1,5 @@
-// What GPUs there are and how fast bytes reach them. Present only in builds with CUDA (COMOE_CUDA=1).
+// What GPUs there are and how fast bytes reach them. Present only in builds with CUDA
+// (COMOE_CUDA=1).
 #pragma once
 
 #include <cstdint>
@@ -17,12 +18,13 @@ struct CudaDevice {
   bool unified_memory = false;  // the GPU computes in the host's own memory (Jetson)
 };
 
-// All GPUs that the driver shows. No driver or no GPU is an empty list and `why` says which; any other
-// failure throws. Opens the driver on first use, creates no context.
+// All GPUs that the driver shows. No driver or no GPU is an empty list and `why` says which; any
+// other failure throws. Opens the driver on first use, creates no context.
 std::vector<CudaDevice> cuda_devices(std::string* why = nullptr);
 
-// Bytes per second of copies from pinned host memory to device `index`: the median of `repeats` copies
-// of `bytes` after one that is not counted. Creates a context; takes 2 * bytes for its duration.
+// Bytes per second of copies from pinned host memory to device `index`: the median of `repeats`
+// copies of `bytes` after one that is not counted. Creates a context; takes 2 * bytes for its
+// duration.
 double cuda_copy_bandwidth(int index, int64_t bytes, int repeats);
 
 }  // namespace comoe
