@@ -62,7 +62,7 @@ class CoMoEConfig:
     device       where the model computes: "cpu" now.
     threads      threads of the expert kernels; 0: as many as torch uses.
     max_context  tokens that the KV cache is accounted for; 0: taken as it grows.
-    io_threads   reads in flight.
+    io_threads   threads that read where io_uring is refused (with it, 16 reads are in flight).
     direct_io    read past the page cache (O_DIRECT) where the file system can.
     verify       check the checksum of every increment when it is read.
     upgrade      read finer rungs in the background while coarser ones are in use.

@@ -10,6 +10,7 @@ from comoe.store import Store
 
 NUM_RECORDS = 5
 SLAB_SHARE = 64  # a slab is at most this fraction of the pool, so that it shrinks in small steps
+HUGE_PAGE = 2 << 20
 LEAST_SLAB = 4 << 20  # where the pool is large enough: fewer mappings, longer runs of pages
 
 
@@ -22,9 +23,12 @@ def store_sizes(store: Store, experts_per_token: int) -> Sizes:
 
 
 def slab_bytes(pool_bytes: int, floor: int, page_bytes: int) -> int:
-    """A whole number of pages: room for one expert or 4 MiB, but at most pool / 64."""
-    pages = min(pool_bytes // SLAB_SHARE, max(floor, LEAST_SLAB)) // page_bytes
-    return max(1, pages) * page_bytes
+    """A whole number of pages: room for one expert or 4 MiB, but at most about pool / 64. Slabs of a
+    huge page or more hold whole ones, since each starts on one."""
+    wanted = min(pool_bytes // SLAB_SHARE, max(floor, LEAST_SLAB))
+    if wanted >= HUGE_PAGE:
+        wanted = wanted // HUGE_PAGE * HUGE_PAGE + page_bytes - 1
+    return max(1, wanted // page_bytes) * page_bytes
 
 
 def pool_floor(sizes: Sizes, level: int, page_bytes: int) -> int:
