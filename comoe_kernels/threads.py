@@ -1,10 +1,9 @@
 """Which threads the native kernels run in: a pool of their own, or torch's OpenMP threads.
 
-Two pools on the same cores get in each other's way while the idle one spins. On an otherwise idle
-machine of 2 cores torch's libgomp is therefore 12 % faster (1.8 against 2.0 ms for a torch matmul and
-an expert_ffn call). But libgomp waits for every thread of its team, also for one that the system does
-not let run: with one other busy process the same took 34 ms, with the native pool, which only waits for
-threads that have begun, 20 ms (bench/bench_threads.py). The native pool is the default.
+On an otherwise idle machine of 2 cores both take the same (2.1 and 2.2 ms for a torch matmul and an
+expert_ffn call). But libgomp waits for every thread of its team, also for one that the system does not
+let run; the native pool waits only for threads that have begun. With other processes busy on both cores:
+13.6 ms in torch's threads, 5.9 ms in our own (bench/bench_threads.py). The native pool is the default.
 """
 
 from __future__ import annotations
