@@ -285,7 +285,8 @@ class Runtime:
             "expert_bytes_exact": self.records.exact_bytes(),
             "bits_per_weight": float(self._uses_at_level @ bits / uses),
             "bytes_read": {"disk": engine["bytes_read"]},
-            "hits": engine["hits"],
+            # Computed without waiting, at the level wanted or a coarser one that the plan allows.
+            "hits": engine["hits"] + engine["partial_hits"],
             "misses": engine["misses"],
             "prefetch": self.gauge.stats(),
             "plan": self.plan.describe(),
