@@ -176,6 +176,12 @@ def test_from_pretrained_and_closed_model(packed_demo, ids, plain):
         generate(model, ids, 1)
 
 
+def test_training_is_refused_rather_than_wrong(load, ids):
+    loss = load("14MB")(ids).logits.float().mean()
+    with pytest.raises(RuntimeError, match="inference"):
+        loss.backward()
+
+
 def test_offload_of_a_model_in_memory(demo_folder, ids, plain):
     model = AutoModelForCausalLM.from_pretrained(demo_folder, dtype=torch.float32)
     comoe.offload(model, memory="12MB", exact=True)

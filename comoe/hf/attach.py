@@ -25,6 +25,21 @@ class Runtime(Protocol):
     ) -> torch.Tensor: ...
 
 
+class _InferenceOnly(torch.autograd.Function):
+    """Passes `out` on, and refuses gradients: the runtime has none, and zeros would train wrongly."""
+
+    @staticmethod
+    def forward(ctx, hidden: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        return out
+
+    @staticmethod
+    def backward(ctx, *gradients: torch.Tensor):
+        raise RuntimeError(
+            "backward: experts that comoe runs are for inference and have no gradients; "
+            "train the original model, and wrap inference in torch.no_grad()"
+        )
+
+
 class BoundExperts:
     """What an experts module holds in place of its weights."""
 
@@ -41,10 +56,12 @@ class BoundExperts:
                 f"{self.name}: its comoe runtime was closed and the expert weights are not in memory. "
                 "Load the model again with comoe.load."
             )
-        # Inference only: gradients do not flow through the runtime.
-        return self.runtime.experts_forward(
+        out = self.runtime.experts_forward(
             self.layer_idx, hidden.detach(), top_k_index, top_k_weights.detach()
         )
+        if torch.is_grad_enabled() and (hidden.requires_grad or top_k_weights.requires_grad):
+            return _InferenceOnly.apply(hidden if hidden.requires_grad else top_k_weights, out)
+        return out
 
 
 def comoe_experts_forward(
