@@ -8,6 +8,7 @@ baseline.py and before the model is loaded.
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -157,7 +158,7 @@ def work(job: dict[str, Any]) -> dict[str, Any]:
         "baseline": baseline,
         "perplexity": scored.perplexity,
         "tokens": scored.tokens,
-        "bits_per_byte": scored.nats / 0.6931471805599453 / num_bytes,
+        "bits_per_byte": scored.nats / math.log(2) / num_bytes,
     }
     if not job.get("plain"):
         runtime = model.comoe

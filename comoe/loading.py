@@ -71,8 +71,8 @@ def offload(
 ):
     """Moves the experts of a model that is in memory into a store, and runs them from there.
 
-    The MoE layers are replaced in place, layer by layer, each layer's weights being freed once they
-    are written. folder: where the store goes; None: a temporary folder that `model.comoe.close()` and
+    The MoE layers are replaced in place once the whole store is written, so that a full disk costs
+    nothing. folder: where the store goes; None: a temporary folder that `model.comoe.close()` and
     the end of the process remove. Returns the same model; the rest is as for `load`.
     """
     config = CoMoEConfig.create(memory=parse_bytes(memory), exact=exact, **options)

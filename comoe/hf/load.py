@@ -47,7 +47,6 @@ def start_runtime(
         [block.spec for block in blocks],
         config,
         model_sizes(model, k, intermediate),
-        experts_per_token=k,
         baseline=baseline,
         predictor=NextGate(model, blocks, k),
         on_close=close,

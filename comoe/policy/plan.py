@@ -27,12 +27,10 @@ class Sizes:
     """What the planner must know of the store; sizes in bytes of pool pages.
 
     record_bytes: int64 [L, R], one expert's record r in layer l.  num_experts: int64 [L].
-    experts_per_token: the most experts one token uses in one layer.
     """
 
     record_bytes: np.ndarray
     num_experts: np.ndarray
-    experts_per_token: int = 1
 
     def level_bytes(self, level: int) -> np.ndarray:
         """int64 [L]: one expert at `level`."""

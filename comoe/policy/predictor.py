@@ -20,8 +20,7 @@ class NoPredictor:
 
 
 class PrefetchGauge:
-    """Recall of the predictions, weighted by bytes when experts differ: how much of what was used
-    had been predicted. `useful` says whether speculation pays: it stops below `least_recall`."""
+    """Recall of the predictions: the share of the experts used that had been predicted. `useful` says whether speculation pays: it stops below `least_recall`."""
 
     def __init__(self, least_recall: float = 0.25, smoothing: float = 0.05):
         self.least_recall = least_recall

@@ -5,21 +5,21 @@ from __future__ import annotations
 import numpy as np
 
 from comoe import _C
-from comoe.policy.plan import EXACT, LEVEL_MASKS, Sizes
+from comoe.policy.plan import LEVEL_MASKS, Sizes
 from comoe.store import Store
 
-NUM_RECORDS = 5
+NUM_RECORDS = _C.NUM_RECORDS
 SLAB_SHARE = 64  # a slab is at most this fraction of the pool, so that it shrinks in small steps
 HUGE_PAGE = 2 << 20
 LEAST_SLAB = 4 << 20  # where the pool is large enough: fewer mappings, longer runs of pages
 
 
-def store_sizes(store: Store, experts_per_token: int) -> Sizes:
+def store_sizes(store: Store) -> Sizes:
     """Sizes of every layer's records, in whole pages of the pool."""
     record_bytes = np.stack([layer.records["nbytes"][0].astype(np.int64) for layer in store.layers])
     num_experts = np.array([layer.num_experts for layer in store.layers], np.int64)
     paged = -(-record_bytes // store.page_bytes) * store.page_bytes
-    return Sizes(paged, num_experts, experts_per_token)
+    return Sizes(paged, num_experts)
 
 
 def slab_bytes(pool_bytes: int, floor: int, page_bytes: int) -> int:
@@ -111,6 +111,3 @@ class Records:
             [[mask >> r & 1 for r in range(NUM_RECORDS)] for mask in LEVEL_MASKS], np.int64
         )
         return 8.0 * (masks @ per_record) / self._weights
-
-
-assert len(LEVEL_MASKS) - 1 == EXACT

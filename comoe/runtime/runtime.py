@@ -20,13 +20,13 @@ from comoe.runtime.spec import ExpertsSpec
 from comoe.store import Store
 from comoe_kernels.expert_ffn import prefill_rows
 from comoe_kernels.threads import use_own_threads
+from comoe_kernels.unpack import DTYPES
 
 PREFETCH, UPGRADE = 1, 2  # classes of transfers
 SCRATCH_BYTES = 1_000_000  # of the kernels; disk reads go straight into the pool's pages
 RECORD_BYTES = 400  # the engine's tables, per record
 UPGRADE_EVERY = 8  # steps between choices of experts that climb
 CALM_STEPS = 8  # steps without pressure before the pool takes back what it lent
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 class Runtime:
@@ -42,7 +42,6 @@ class Runtime:
         config: CoMoEConfig,
         sizes: ModelSizes,
         *,
-        experts_per_token: int,
         baseline: int,
         predictor: Predictor | None = None,
         planner: Planner | None = None,
@@ -63,7 +62,7 @@ class Runtime:
         if config.threads:
             _C.set_num_threads(config.threads)
 
-        self.store_sizes = store_sizes(store, experts_per_token)
+        self.store_sizes = store_sizes(store)
         floor = pool_floor(self.store_sizes, EXACT if config.exact else 0, store.page_bytes)
         total = memory.available() if config.memory is None else config.memory
         fixed = SCRATCH_BYTES + RECORD_BYTES * sum(layer.records.size for layer in store.layers)
@@ -124,7 +123,6 @@ class Runtime:
         if hidden.stride(-1) != 1:
             hidden = hidden.contiguous()
         index = top_k_index.to(torch.int64).contiguous()
-        weights = top_k_weights.to(torch.float32).contiguous()
         ahead = self._predict(layer_idx, hidden)
         used = np.zeros(spec.num_experts, np.uint8)
         rows = tokens * k / min(spec.num_experts, max(tokens * k, 1))
@@ -136,6 +134,7 @@ class Runtime:
                 self._op, layer_idx, spec, hidden, index, top_k_weights, used, ahead
             )
         else:
+            weights = top_k_weights.to(torch.float32).contiguous()
             rounds = hidden.dtype != torch.float32 and top_k_weights.dtype == hidden.dtype
             out = torch.empty((tokens, spec.hidden), dtype=hidden.dtype)
             for i in range(0, tokens, part):

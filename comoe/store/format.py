@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from comoe import _C
+from comoe.policy.plan import LEVEL_MASKS as LEVEL_MASKS
 
 VERSION = 1
 EXPERTS_FOLDER = "experts"
@@ -38,9 +39,8 @@ PLANE, REPLACEMENT, SHARED_BASE, LOW_RANK, MEAN, ALIAS = range(6)
 REQUIRED = 1  # record flag: a reader that does not know the record's kind must refuse the file
 
 NUM_RECORDS = _C.NUM_RECORDS
-# The ladder as data: which records each level needs.
+# The ladder as data: LEVEL_MASKS says which records each level needs.
 LEVEL_NAMES = ("2", "3", "4", "8", "exact")
-LEVEL_MASKS = (0b00001, 0b00011, 0b00111, 0b01111, 0b10000)
 
 LAYER_HEADER = np.dtype(
     [
