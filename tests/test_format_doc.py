@@ -163,7 +163,8 @@ class PlainSet:
     """One record that begins a code set, over any list of matrices, read as the page says."""
 
     def __init__(self, payload, shapes, bits, biases=()):
-        self.payload, self.shapes, self.bits, self.biases = payload, shapes, bits, biases
+        self.payload, self.shapes = bytes(payload), shapes
+        self.bits, self.biases = bits, biases
         self.counts = [(up(r, 16) // 16, up(c, 32) // 32, up(c, 128) // 128) for r, c in shapes]
 
     def params_at(self, m):
@@ -179,7 +180,7 @@ class PlainSet:
 
     def weight(self, m, row, col):
         lane, q = 4 * (row % 16) + col % 4, col % 32 // 4
-        tiles, cols, groups = self.counts[m]
+        _, cols, groups = self.counts[m]
         before = sum(t * c for t, c, _ in self.counts[:m]) + row // 16 * cols + col // 32
 
         def byte(plane, v):

@@ -55,14 +55,14 @@ def open_engine(
     for layer_idx, layer in enumerate(store.layers):
         file = engine.add_file(str(store.path(layer_idx)))
         records = layer.records.reshape(-1)
-        first.append(
-            engine.add_records(
-                np.full(records.size, file, np.int32),
-                records["offset"].astype(np.int64),
-                records["nbytes"].astype(np.int64),
-                records["crc32c"].astype(np.uint32),
-            )
+        first_record = engine.add_records(
+            np.full(records.size, file, np.int32),
+            records["offset"].astype(np.int64),
+            records["nbytes"].astype(np.int64),
+            records["crc32c"].astype(np.uint32),
         )
+        first.append(first_record)
+        engine.add_experts(first_record + np.arange(records.size, dtype=np.int32))
     return engine, first
 
 

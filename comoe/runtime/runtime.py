@@ -86,7 +86,7 @@ class Runtime:
                 spec.activation or "silu",
                 spec.alpha,
                 spec.limit,
-                first_record,
+                first_record // len(LEVEL_MASKS),
                 spec.num_experts,
             )
         self._used = [np.zeros(spec.num_experts, np.uint8) for spec in specs]

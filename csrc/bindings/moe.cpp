@@ -22,12 +22,12 @@ static std::vector<int32_t> ids_of(const py::array_t<int32_t, py::array::c_style
 }
 
 static int add_layer(MoeOp& op, const ExpertGeometry& geometry, const std::string& activation,
-                     float alpha, float limit, int32_t first_record, int64_t num_experts) {
+                     float alpha, float limit, int32_t first_expert, int64_t num_experts) {
   if (num_experts < 1)
     throw std::invalid_argument("MoeOp.add_layer: num_experts must be at least 1");
   MoeLayer layer;
   layer.spec = {geometry, activation_of(activation), alpha, limit};
-  layer.first_record = first_record;
+  layer.first_expert = first_expert;
   layer.min_level.assign(num_experts, 0);
   layer.want_level.assign(num_experts, 0);
   return op.add_layer(std::move(layer));
@@ -68,7 +68,7 @@ void bind_moe(py::module_& m) {
                     "Computes MoE layers from the engine's pages, loading what is missing.")
       .def(py::init<Engine&>(), py::arg("engine"), py::keep_alive<1, 2>())
       .def("add_layer", &add_layer, py::arg("geometry"), py::arg("activation"), py::arg("alpha"),
-           py::arg("limit"), py::arg("first_record"), py::arg("num_experts"),
+           py::arg("limit"), py::arg("first_expert"), py::arg("num_experts"),
            "Returns the layer's index.")
       .def("set_levels", &set_levels, py::arg("layer_idx"), py::arg("min_level"),
            py::arg("want_level"), "For all experts of a layer; in force from the next call on.")

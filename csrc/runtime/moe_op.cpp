@@ -56,13 +56,14 @@ int MoeOp::add_layer(MoeLayer layer) {
 
 ExpertView MoeOp::view(int layer_idx, int64_t expert, Level level) const {
   const MoeLayer& layer = layers_.at(layer_idx);
-  const int32_t first = layer.first_record + static_cast<int32_t>(expert) * kNumRecords;
+  const std::vector<int32_t> records =
+      engine_.expert_records(layer.first_expert + static_cast<int32_t>(expert));
   ExpertView view;
   view.level = level;
   for (int r = 0; r < kNumRecords; ++r) {
     const bool needed = level == Level::exact ? r == 4 : r <= static_cast<int>(level);
     if (!needed) continue;
-    view.records[r] = {engine_.pages(first + r), engine_.page_bytes()};
+    view.records[r] = {engine_.pages(records.at(r)), engine_.page_bytes()};
     if (view.records[r].pages == nullptr)
       throw std::logic_error("MoeOp: expert " + std::to_string(expert) +
                              " is not resident at level " +
@@ -77,8 +78,7 @@ std::unique_ptr<Session> MoeOp::session(int layer_idx, const std::vector<int32_t
   std::vector<Need> needs;
   needs.reserve(experts.size());
   for (int32_t e : experts)
-    needs.push_back(
-        {layer.first_record + e * kNumRecords, layer.min_level.at(e), layer.want_level[e]});
+    needs.push_back({layer.first_expert + e, layer.min_level.at(e), layer.want_level[e]});
   std::unique_ptr<Session> session =
       engine_.open_session(needs.data(), static_cast<int64_t>(needs.size()));
   if (!ahead.empty())

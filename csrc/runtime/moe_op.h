@@ -13,7 +13,7 @@ namespace comoe {
 // One MoE layer as the operator sees it. The planner rewrites the levels between calls.
 struct MoeLayer {
   FfnSpec spec;
-  int32_t first_record = 0;         // record r of expert e is first_record + e * kNumRecords + r
+  int32_t first_expert = 0;         // expert e is first_expert + e in the engine
   std::vector<uint8_t> min_level;   // [E] compute may start at this level ...
   std::vector<uint8_t> want_level;  // [E] ... and uses the best complete one up to this
 };
