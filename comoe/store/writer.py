@@ -95,14 +95,17 @@ class StoreWriter:
         self,
         name: str,
         spec: LayerSpec,
-        experts: Iterable[tuple[Arrays, Arrays]],
+        experts: Iterable[tuple[Arrays, ...]],
         *,
         fingerprint: str | bytes = b"",
         on_bytes: Callable[[int], object] = lambda nbytes: None,
     ) -> LayerInfo:
         """Encodes and writes one layer; `experts` is not touched if the layer is already there.
 
-        matrices: canonical orientation, float32, or uint16 holding the bits of bfloat16 or float16.
+        Each expert is (matrices, biases), or (matrices, biases, scales) where matrices are codes. Matrices:
+        canonical orientation, float32, uint16 holding the bits of bfloat16 or float16, or uint8 codes,
+        for mxfp4 two in a byte. Biases: the same type, float32 beside codes. Scales: see
+        csrc/ladder/codec.h.
         on_bytes(n) is called as n more bytes are written, and for a skipped layer with all of them.
         """
         layer_idx = len(self.layers)
@@ -219,13 +222,13 @@ class StoreWriter:
         # One thread writes an expert while the next one is encoded. It ends before the file is closed.
         with PartFile(path, int(ends[-1, -1])) as part, ThreadPoolExecutor(1) as behind:
             written, pending = 0, None
-            for matrices, biases in experts:
+            for expert in experts:
                 if written == spec.num_experts:
                     raise StoreError(
                         f"layer {name!r} must have {spec.num_experts} experts, got more"
                     )
                 buffer = buffers[written % 2]
-                self._encode(name, written, spec, matrices, biases, buffer)
+                self._encode(name, written, spec, buffer, *expert)
                 if pending:
                     on_bytes(pending.result())
                 pending = behind.submit(put, written, buffer)
@@ -244,19 +247,26 @@ class StoreWriter:
         name: str,
         expert: int,
         spec: LayerSpec,
+        buffer: ExpertBuffer,
         matrices: Arrays,
         biases: Arrays,
-        buffer: ExpertBuffer,
+        scales: Arrays = (),
     ) -> None:
         shape = matrices[0].shape if len(matrices) else None
-        if shape != (spec.intermediate, spec.hidden) or bool(len(biases)) != spec.biased:
+        wanted = spec.intermediate, spec.hidden // 2 if spec.exact_dtype == "mxfp4" else spec.hidden
+        if shape != wanted or bool(len(biases)) != spec.biased:
             raise StoreError(
-                f"layer {name!r}, expert {expert}: expected matrix 0 of shape {(spec.intermediate, spec.hidden)} "
+                f"layer {name!r}, expert {expert}: expected matrix 0 of shape {wanted} "
                 f"{'with' if spec.biased else 'without'} biases, got {shape} {'with' if len(biases) else 'without'}"
             )
         try:
             _C.encode_expert(
-                list(matrices), list(biases), spec.exact_dtype_code, spec.gated, buffer.payloads
+                list(matrices),
+                list(biases),
+                spec.exact_dtype_code,
+                spec.gated,
+                buffer.payloads,
+                list(scales),
             )
         except (ValueError, TypeError) as error:
             raise StoreError(f"layer {name!r}, expert {expert}: {error}") from error
