@@ -74,6 +74,12 @@ class Sizes:
         """Bytes of all experts of all layers at `level`."""
         return int(self.level_bytes(level) @ self.num_experts)
 
+    def worthwhile(self) -> list[int]:
+        """Levels, coarsest first, without those that a finer one undercuts: where the source has 4 or 8
+        bits, its own weights take less than the 8-bit planes."""
+        totals = [self.total(level) for level in range(len(LEVEL_MASKS))]
+        return [i for i, total in enumerate(totals) if all(total < t for t in totals[i + 1 :])]
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -113,10 +119,11 @@ class EvenPlanner:
                 f"the expert pool has {pool_bytes:,} bytes, but one expert at {LEVEL_NAMES[least]} "
                 f"needs {needed:,}"
             )
-        for level in (EXACT,) if exact else (EXACT, BITS8, BITS4, BITS3, BITS2):
+        levels = [EXACT] if exact else sizes.worthwhile()
+        for level in reversed(levels):
             if sizes.total(level) <= pool_bytes:
                 spare = pool_bytes - sizes.total(level)
-                # Above 8 bits the next step replaces every plane: not worth a mixture.
-                want = level if level >= BITS8 else level + 1
+                # The step to exact replaces every plane: not worth a mixture.
+                want = level + 1 if level + 1 in levels and level + 1 < EXACT else level
                 return Plan(level, want, True, spare, pool_bytes)
         return Plan(least, least, False, pool_bytes, pool_bytes)

@@ -32,8 +32,8 @@ struct PagedExpert {
       throw std::invalid_argument("PagedExpert: " + text);
     };
     if (hidden < 1 || intermediate < 1) fail("hidden and intermediate must be at least 1");
-    if (exact_dtype < 0 || exact_dtype > 2)
-      fail("exact_dtype must be 0 (fp32), 1 (bf16) or 2 (fp16)");
+    if (exact_dtype < 0 || exact_dtype >= kNumExactTypes)
+      fail("exact_dtype must be 0 (fp32), 1 (bf16), 2 (fp16), 3 (fp8) or 4 (mxfp4)");
     if (level < 0 || level > 4) fail("level must be 0..4, got " + std::to_string(level));
     if (page_bytes < 4096 || page_bytes % 4096)
       fail("page_bytes must be a multiple of 4096, got " + std::to_string(page_bytes));
@@ -41,7 +41,7 @@ struct PagedExpert {
     geometry.intermediate = intermediate;
     geometry.gated = gated;
     geometry.biased = biased;
-    geometry.exact_dtype = static_cast<DType>(exact_dtype);
+    geometry.exact_dtype = static_cast<ExactType>(exact_dtype);
     view.level = static_cast<Level>(level);
     pages.resize(kNumRecords);
     for (int r = 0; r < kNumRecords; ++r) {

@@ -135,15 +135,21 @@ class MatrixWalk {
       at_.planes[p] = Cursor(expert.records[record],
                              geometry.blocks_offset(record, m) + block * at_.block_bytes[p]);
     }
-    if (level_ == Level::exact) return;
+    if (level_ == Level::exact) {
+      params_bytes_ = geometry.exact_scales_bytes(m);
+      if (params_bytes_)
+        params_ =
+            Cursor(expert.records[4], geometry.exact_scales_offset(m) + first_tile * params_bytes_);
+      return;
+    }
     header_ =
         reinterpret_cast<const MatrixHeader*>(expert.records[0].at(geometry.header_offset(m)));
     params_bytes_ = shape_.groups() * kParamsBytes;
     params_ = Cursor(expert.records[0], geometry.params_offset(m) + first_tile * params_bytes_);
   }
 
-  // Fills all of `args` but the rows with the next tiles, and moves on. Its pointers hold until the
-  // next call. `then`: what will be read after them, or null.
+  // Fills all of `args` but rows and value_dtype with the next tiles, and moves on. Its pointers
+  // hold until the next call. `then`: what will be read after them, or null.
   void take(int64_t num_tiles, const MatrixWalk* then, RunArgs& args) {
     args.level = level_;
     args.exact_dtype = exact_dtype_;
@@ -170,12 +176,12 @@ class MatrixWalk {
     at_.append_segments(end, segments_);
     args.segments = segments_.data();
     args.header = header_;
-    if (header_) args.params = take_params(num_tiles);
+    args.params = params_bytes_ ? take_params(num_tiles) : nullptr;
   }
 
  private:
-  // The tiles' group parameters in one piece: where they lie, or a copy if they cross into another
-  // page.
+  // The tiles' group parameters, or scales of codes, in one piece: where they lie, or a copy if
+  // they cross into another page.
   const uint8_t* take_params(int64_t num_tiles) {
     const int64_t bytes = num_tiles * params_bytes_;
     if (bytes <= params_.left()) {
@@ -194,7 +200,7 @@ class MatrixWalk {
   }
 
   Level level_;
-  DType exact_dtype_;
+  ExactType exact_dtype_;
   MatrixGeometry shape_;
   Position at_;
   const MatrixHeader* header_ = nullptr;
@@ -210,8 +216,9 @@ void tile_bias(const ExpertGeometry& geometry, const ExpertView& expert, int m, 
                const Kernels& kernels, float* out) {
   const int64_t row = n * kBlockRows;
   if (expert.level == Level::exact) {
-    const int64_t at = geometry.exact_bias_offset(m) + row * dtype_bytes(geometry.exact_dtype);
-    kernels.load(expert.records[4].at(at), geometry.exact_dtype, kBlockRows, out);
+    const DType dtype = geometry.exact_bias_dtype();
+    const int64_t at = geometry.exact_bias_offset(m) + row * dtype_bytes(dtype);
+    kernels.load(expert.records[4].at(at), dtype, kBlockRows, out);
   } else {
     kernels.load(expert.records[0].at(geometry.bias_offset(m) + row * 4), DType::fp32, kBlockRows,
                  out);
@@ -271,6 +278,7 @@ struct Call {
     for (int64_t n = 0; n < num_tiles; n += step) {
       RunArgs args;
       args.layout = layout;
+      args.value_dtype = value_dtype(spec.geometry.exact_dtype, x_dtype);
       walk.take(std::min(step, num_tiles - n), n + step < num_tiles ? &walk : then, args);
       for (int i = begin; i < end; i += kMaxRows) {
         args.num_rows = std::min(end - i, kMaxRows);
@@ -566,6 +574,7 @@ void unpack_matrix(const ExpertGeometry& geometry, const ExpertView& expert, int
     MatrixWalk walk(geometry, expert, m, begin);
     for (int64_t n = begin; n < end; ++n) {
       RunArgs args;
+      args.value_dtype = value_dtype(geometry.exact_dtype, out_dtype);
       walk.take(1, nullptr, args);
       const int64_t row = n * kBlockRows;
       kernels.unpack_tile(args, std::min(kBlockRows, shape.rows - row), shape.cols,

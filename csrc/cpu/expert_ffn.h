@@ -50,7 +50,8 @@ void combine_pairs(const float* pair_out, const float* weights, const int64_t* e
                    bool round_products = false);
 
 // Matrix m of one expert, row-major [rows, cols] with row stride `ld` elements, as fp32, bf16 or
-// fp16 (rounded to nearest even; bit for bit at `exact` when out_dtype is the source's dtype).
+// fp16 (rounded to nearest even; bit for bit at `exact` when out_dtype is the source's dtype, or
+// the source is coded).
 void unpack_matrix(const ExpertGeometry& geometry, const ExpertView& expert, int m, void* out,
                    DType out_dtype, int64_t ld);
 // Its bias as fp32 [rows].

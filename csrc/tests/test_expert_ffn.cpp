@@ -100,16 +100,26 @@ struct Expert {
         for (int64_t z = 16; z < 32; ++z)
           payload[0][g.params_offset(m) + i * kParamsBytes + z] =
               static_cast<uint8_t>(100 + rng() % 56);
-      const int64_t size = dtype_bytes(g.exact_dtype);
+      const int64_t size = dtype_bytes(g.exact_bias_dtype());
       std::memset(payload[4].data() + g.blocks_offset(4, m), 0, s.num_blocks() * g.block_bytes(4));
       for (int64_t r = 0; r < s.rows; ++r)
         for (int64_t c = 0; c < s.cols; ++c)
-          put_random(payload[4].data() + exact_at(m, r, c), g.exact_dtype,
-                     1 / std::sqrt(double(s.cols)));
+          if (is_coded(g.exact_dtype))
+            put_code(m, r, c);
+          else
+            put_random(payload[4].data() + exact_at(m, r, c), g.exact_bias_dtype(),
+                       1 / std::sqrt(double(s.cols)));
+      for (int64_t i = 0; i < s.row_tiles() * g.exact_scales_bytes(m); ++i) {
+        uint8_t* scale = payload[4].data() + g.exact_scales_offset(m) + i;
+        if (g.exact_dtype == ExactType::mxfp4)
+          *scale = static_cast<uint8_t>(rng() % 64 == 0 ? rng() % 3 : 118 + rng() % 5);
+        else if (i % 4 == 0)
+          put_random(scale, DType::fp32, 0.01);
+      }
       if (!g.biased) continue;
       for (int64_t r = 0; r < s.rows; ++r) {
         put_random(payload[0].data() + g.bias_offset(m) + 4 * r, DType::fp32, 1);
-        put_random(payload[4].data() + g.exact_bias_offset(m) + size * r, g.exact_dtype, 1);
+        put_random(payload[4].data() + g.exact_bias_offset(m) + size * r, g.exact_bias_dtype(), 1);
       }
     }
     int64_t total = 0;
@@ -135,13 +145,52 @@ struct Expert {
     const int64_t block = r / 16 * g.matrix(m).col_blocks() + c / 32;
     const int64_t at = g.blocks_offset(4, m) + block * g.block_bytes(4);
     r %= 16, c %= 32;
-    return g.exact_dtype == DType::fp32 ? at + 64 * c + 4 * r
-                                        : at + 64 * (c / 2) + 4 * r + 2 * (c % 2);
+    return g.exact_dtype == ExactType::fp32
+               ? at + 64 * c + 4 * r
+               : at + (32 * (c / 2) + 2 * r + c % 2) * exact_bits(g.exact_dtype) / 8;
+  }
+
+  // mxfp4: the byte and the bit where the code of a weight lies.
+  std::pair<int64_t, int> nibble_at(int m, int64_t r, int64_t c) const {
+    const int64_t block = r / 16 * g.matrix(m).col_blocks() + c / 32;
+    r %= 16, c %= 32;
+    const int64_t vector = c / 8, j = c % 8 / 2, i = c % 2;
+    return {g.blocks_offset(4, m) + 256 * block + 64 * vector + 2 * (2 * r + i) + j / 2,
+            static_cast<int>(4 * (j % 2))};
+  }
+
+  void put_code(int m, int64_t r, int64_t c) {
+    if (g.exact_dtype == ExactType::fp8) {
+      uint8_t code = static_cast<uint8_t>(rng());
+      if ((code & 0x7f) == 0x7f) code ^= 1;  // NaN
+      payload[4][exact_at(m, r, c)] = code;
+    } else {
+      const auto [at, shift] = nibble_at(m, r, c);
+      payload[4][at] |= static_cast<uint8_t>(rng() % 16 << shift);
+    }
+  }
+
+  double coded_weight(int m, int64_t row, int64_t col) const {
+    const MatrixGeometry s = g.matrix(m);
+    const int64_t scales = g.exact_scales_offset(m), tile = row / 16;
+    if (g.exact_dtype == ExactType::fp8) {
+      const int code = payload[4][exact_at(m, row, col)], e = code >> 3 & 15, f = code & 7;
+      const double size = e ? std::ldexp(8 + f, e - 10) : std::ldexp(f, -9);
+      return (code & 0x80 ? -size : size) *
+             value_of(payload[4].data() + scales + 4 * (tile * s.groups() + col / 128),
+                      DType::fp32);
+    }
+    const auto [at, shift] = nibble_at(m, row, col);
+    const double values[8] = {0, 0.5, 1, 1.5, 2, 3, 4, 6};
+    const int code = payload[4][at] >> shift & 15;
+    const int scale = payload[4][scales + 16 * (tile * s.col_blocks() + col / 32) + row % 16];
+    return std::ldexp(code & 8 ? -values[code & 7] : values[code & 7], scale - 127);
   }
 
   double weight(Level level, int m, int64_t row, int64_t col) const {
+    if (level == Level::exact && is_coded(g.exact_dtype)) return coded_weight(m, row, col);
     if (level == Level::exact)
-      return value_of(payload[4].data() + exact_at(m, row, col), g.exact_dtype);
+      return value_of(payload[4].data() + exact_at(m, row, col), g.exact_bias_dtype());
     const MatrixGeometry s = g.matrix(m);
     const int64_t block = row / 16 * s.col_blocks() + col / 32, r = row % 16, c = col % 32;
     const int64_t q = c / 4, lane = 4 * r + c % 4;
@@ -167,9 +216,9 @@ struct Expert {
   double bias(Level level, int m, int64_t row) const {
     if (!g.biased) return 0;
     return level == Level::exact
-               ? value_of(
-                     payload[4].data() + g.exact_bias_offset(m) + dtype_bytes(g.exact_dtype) * row,
-                     g.exact_dtype)
+               ? value_of(payload[4].data() + g.exact_bias_offset(m) +
+                              dtype_bytes(g.exact_bias_dtype()) * row,
+                          g.exact_bias_dtype())
                : value_of(payload[0].data() + g.bias_offset(m) + 4 * row, DType::fp32);
   }
 };
@@ -351,9 +400,10 @@ int main() {
   for (const char* isa : isa_names()) {
     force_isa(isa);
     const DType dtypes[] = {DType::fp32, DType::bf16, DType::fp16};
-    for (DType exact : dtypes) {
+    for (int exact = 0; exact < kNumExactTypes; ++exact) {
       ExpertGeometry g;
-      g.hidden = 37, g.intermediate = 163, g.gated = true, g.biased = true, g.exact_dtype = exact;
+      g.hidden = 37, g.intermediate = 163, g.gated = true, g.biased = true,
+      g.exact_dtype = static_cast<ExactType>(exact);
       const Expert odd(g, 4096);
       g.hidden = 160, g.intermediate = 64, g.gated = false, g.biased = false;
       const Expert even(g, 8192);
