@@ -169,7 +169,9 @@ def test_errors_say_what_to_do(store):
         session(engine, [6], [0], [0])
     with pytest.raises(ValueError, match=r"multiple of 5 ids .* got 4"):
         engine.add_experts(np.zeros(4, np.int32))
-    with pytest.raises(ValueError, match=r"record 1 of expert 0: expected -1 or a record in \[0, 30\)"):
+    with pytest.raises(
+        ValueError, match=r"record 1 of expert 0: expected -1 or a record in \[0, 30\)"
+    ):
         engine.add_experts(np.array([0, 30, 0, 0, 0], np.int32))
     without_exact = engine.add_experts(np.array([0, 1, 2, 3, -1], np.int32))
     with pytest.raises(ValueError, match="has no level from 4 to 4; plan a level that it has"):
