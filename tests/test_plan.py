@@ -46,6 +46,31 @@ def test_level_is_the_highest_that_fits(pool, level, resident):
         assert all(SIZES.total(lv) > pool for lv in higher)
 
 
+@pytest.mark.parametrize(
+    ("exact", "levels", "wants"),
+    [
+        (1600, [BITS2, BITS3, BITS4, BITS8, EXACT], [BITS3, BITS4, BITS8, BITS8, EXACT]),
+        (802, [BITS2, BITS3, BITS4, BITS8, EXACT], [BITS3, BITS4, BITS8, BITS8, EXACT]),
+        (800, [BITS2, BITS3, BITS4, EXACT], [BITS3, BITS4, BITS4, EXACT]),  # an FP8 source
+        (425, [BITS2, BITS3, BITS4, EXACT], [BITS3, BITS4, BITS4, EXACT]),  # MXFP4
+        (400, [BITS2, BITS3, EXACT], [BITS3, BITS3, EXACT]),
+    ],
+)
+def test_no_level_costs_more_than_the_source(exact, levels, wants):
+    sizes = Sizes(
+        LADDER,
+        np.arange(40, dtype=np.int32).reshape(8, 5),
+        np.array([200, 100, 100, 400, exact] * 8, np.int64),
+        np.array([8], np.int64),
+    )
+    assert sizes.worthwhile() == levels
+    for level, want in zip(levels, wants, strict=True):
+        plan = EvenPlanner().plan(sizes, sizes.total(level), exact=False)
+        assert (level_of(plan.min_level), level_of(plan.want_level)) == (level, want)
+    most = EvenPlanner().plan(sizes, sizes.total(EXACT), exact=False)
+    assert level_of(most.min_level) == EXACT
+
+
 def test_exact_never_uses_a_rung():
     for pool in (3200, 20_000, 30_000, 10**6):
         plan = EvenPlanner().plan(SIZES, pool, exact=True)

@@ -217,7 +217,7 @@ def coded_experts(
     scales: the weights' tensors, [experts, rows / block, columns / block].
     """
     spec, layout, module = block.spec, block.layout, block.module
-    first = next(iter(scales.values()))
+    first = scales[layout.parameter_names(module)[0]]  # gate and up, or up
     rows = first.shape[-1 if getattr(module, "is_transposed", False) else -2]
     grid = replace(spec, biased=False, intermediate=rows // 2 if spec.gated else rows)
     pairs = zip(

@@ -464,26 +464,26 @@ std::string name_of(const ExpertGeometry& g, int matrix) {
   return matrix == g.num_matrices() - 1 ? "down" : matrix == 0 && g.gated ? "gate" : "up";
 }
 
-[[noreturn]] void throw_not_finite(const std::string& what, float value) {
+[[noreturn]] void throw_not_finite(const std::string& what, float value, const std::string& where) {
   throw std::invalid_argument("encode_expert: " + what + " must be finite, got " +
-                              (std::isnan(value) ? "NaN" : "infinity") +
+                              (std::isnan(value) ? "NaN" : "infinity") + " at " + where +
                               "; mend or leave out the checkpoint: such an expert cannot run");
 }
 
 [[noreturn]] void throw_not_finite_weight(const ExpertGeometry& g, int matrix, const Matrix& m) {
+  const std::string what = "weights of matrix " + name_of(g, matrix) + " [" +
+                           std::to_string(m.shape.rows) + ", " + std::to_string(m.shape.cols) + "]";
   float row[kGroupCols];
   for (int64_t r = 0; r < m.shape.rows; ++r)
     for (int64_t group = 0; group < m.shape.groups(); ++group) {
       m.load_row(r, group, row);
       for (int64_t c = 0; c < m.group_cols(group); ++c)
         if (!std::isfinite(row[c]))
-          throw_not_finite("weights of matrix " + name_of(g, matrix) + " [" +
-                               std::to_string(m.shape.rows) + ", " + std::to_string(m.shape.cols) +
-                               "] at row " + std::to_string(r) + ", column " +
-                               std::to_string(group * kGroupCols + c),
-                           row[c]);
+          throw_not_finite(
+              what, row[c],
+              "row " + std::to_string(r) + ", column " + std::to_string(group * kGroupCols + c));
     }
-  throw std::logic_error("encode_expert: non-finite weight of " + name_of(g, matrix) + " lost");
+  throw std::logic_error("encode_expert: " + what + ": non-finite value lost");
 }
 
 void encode_bias(const ExpertGeometry& g, int matrix, const ExpertSource& source,
@@ -494,8 +494,8 @@ void encode_bias(const ExpertGeometry& g, int matrix, const ExpertSource& source
   load_of(dtype)(source.biases[matrix], rows, values.data());
   for (int64_t r = 0; r < rows; ++r)
     if (!std::isfinite(values[r]))
-      throw_not_finite("bias of matrix " + name_of(g, matrix) + " at row " + std::to_string(r),
-                       values[r]);
+      throw_not_finite("bias of matrix " + name_of(g, matrix), values[r],
+                       "row " + std::to_string(r));
   const auto put = [&](uint8_t* to, const void* from, int64_t bytes) {
     std::memcpy(to, from, bytes);
     std::memset(to + bytes, 0, round_up(bytes, 64) - bytes);
