@@ -81,9 +81,29 @@ std::unique_ptr<Session> MoeOp::session(int layer_idx, const std::vector<int32_t
         {layer.first_record + e * kNumRecords, layer.min_level.at(e), layer.want_level[e]});
   std::unique_ptr<Session> session =
       engine_.open_session(needs.data(), static_cast<int64_t>(needs.size()));
-  if (!ahead.empty())
+  cancel_wrong_guesses(layer, experts);
+  if (!ahead.empty()) {
     engine_.request(ahead.data(), static_cast<int64_t>(ahead.size()), Priority::prefetch, 1);
+    asked_ahead_.insert(asked_ahead_.end(), ahead.begin(), ahead.end());
+  }
   return session;
+}
+
+void MoeOp::cancel_wrong_guesses(const MoeLayer& layer, const std::vector<int32_t>& experts) {
+  const int32_t num_experts = static_cast<int32_t>(layer.min_level.size());
+  std::vector<bool> chosen(num_experts, false);
+  for (int32_t e : experts) chosen[e] = true;
+  std::vector<int32_t> wrong, later;
+  for (int32_t r : asked_ahead_) {
+    const int32_t at = r - layer.first_record;
+    if (at < 0 || at >= num_experts * kNumRecords)
+      later.push_back(r);
+    else if (!chosen[at / kNumRecords])
+      wrong.push_back(r);
+  }
+  asked_ahead_.swap(later);
+  if (!wrong.empty())
+    engine_.cancel(Priority::prefetch, wrong.data(), static_cast<int64_t>(wrong.size()));
 }
 
 void MoeOp::forward(int layer_idx, const MoeInput& in, void* out, uint8_t* used,

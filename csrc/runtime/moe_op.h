@@ -45,7 +45,7 @@ class MoeOp {
                const std::vector<int32_t>& ahead);
 
   // A session over `experts` of a layer at their planned levels, for callers that compute
-  // themselves.
+  // themselves. What was asked ahead for this layer and is not among them is cancelled.
   std::unique_ptr<Session> session(int layer_idx, const std::vector<int32_t>& experts,
                                    const std::vector<int32_t>& ahead);
 
@@ -54,8 +54,11 @@ class MoeOp {
 
  private:
   Engine& engine_;
+  void cancel_wrong_guesses(const MoeLayer& layer, const std::vector<int32_t>& experts);
+
   std::vector<MoeLayer> layers_;
-  std::vector<float> pair_out_;  // [T * K, H], kept between calls of the same size or less
+  std::vector<int32_t> asked_ahead_;  // records, of layers that have not been computed since
+  std::vector<float> pair_out_;       // [T * K, H], kept between calls of the same size or less
 };
 
 }  // namespace comoe
