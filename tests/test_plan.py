@@ -163,10 +163,19 @@ def test_upgrades_prefer_what_was_used_last_and_often():
 
 
 def test_gauge_stops_useless_speculation_and_counts():
-    gauge = PrefetchGauge(least_recall=0.25, smoothing=0.5)
+    gauge = PrefetchGauge(least_share=0.5, smoothing=0.5, probe_every=10)
     gauge.note(np.array([1, 2]), np.array([2, 3]))
-    assert gauge.stats() == {"recall": 0.5, "precision": 0.5}
+    assert gauge.stats() == {"recall": 0.5, "precision": 0.5, "share_of_reads_used": 1.0}
     assert gauge.useful
-    for _ in range(5):
-        gauge.note(np.array([7]), np.array([1, 2]))
+    gauge.note_step(100, 20)
+    assert gauge.stats()["share_of_reads_used"] == pytest.approx(0.6)
+    assert gauge.useful
+    gauge.note_step(100, 20)  # nothing was read, so nothing is learnt
+    assert gauge.useful
+    gauge.note_step(200, 40)
     assert not gauge.useful
+    steps = [gauge.note_step(200, 40) or gauge.useful for _ in range(20)]
+    assert [i + 4 for i, useful in enumerate(steps) if useful] == [10, 20]
+    for better in (100, 200, 300):  # the guesses have become good
+        gauge.note_step(200 + better, 40 + better)
+    assert gauge.useful

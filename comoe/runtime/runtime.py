@@ -199,7 +199,12 @@ class Runtime:
         if self._closed:
             return
         with self._lock:
-            self._govern(self.budget.sizes.workspace(batch, tokens, logits))
+            engine = self.engine.stats()
+            self._govern(self.budget.sizes.workspace(batch, tokens, logits), engine)
+            self.gauge.note_step(
+                engine["prefetch_bytes"],
+                engine["prefetch_used_bytes"] + engine["prefetch_joined_bytes"],
+            )
             self._step += 1
             self.upgrades.note(self._used)
             if self.config.upgrade and self._step % UPGRADE_EVERY == 0:
@@ -238,10 +243,9 @@ class Runtime:
             self.store_sizes, slabs * self._slab_bytes, exact=self.config.exact
         )
 
-    def _govern(self, coming: int) -> None:
+    def _govern(self, coming: int, stats: dict) -> None:
         """Lends pool memory to the rest of the process, and takes it back once it is calm."""
         planned = self._make_plan().pool_bytes
-        stats = self.engine.stats()
         allowed = self.budget.allowed_pool(memory.rss(), stats["resident_bytes"], coming)
         target = max(min(planned, allowed), self._least_pool())
         if target < self.plan.pool_bytes:

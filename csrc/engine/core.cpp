@@ -73,7 +73,7 @@ int Core::lowest_level(const Need& need) const {
 }
 
 Core::Coldness Core::coldness(int32_t record) const {
-  return {records_[record].value, records_[record].last_use, record};
+  return {records_[record].value, records_[record].recency(), record};
 }
 
 int64_t Core::capacity_pages() const { return int64_t{target_slabs_} * config_.pages_per_slab; }
@@ -81,8 +81,8 @@ int64_t Core::capacity_pages() const { return int64_t{target_slabs_} * config_.p
 // What speculation leaves alone: all that was used or has come since the oldest open session began;
 // with no session open, what was fetched ahead since the last one began and is still to be used.
 bool Core::is_protected(const Record& record) const {
-  if (!sessions_.empty()) return record.last_use >= sessions_.begin()->second.tick;
-  return record.speculative && record.last_use >= clock_;
+  if (!sessions_.empty()) return record.recency() >= sessions_.begin()->second.tick;
+  return record.speculative && record.recency() >= clock_;
 }
 
 int64_t Core::need_pages(int32_t expert, uint32_t mask) const {
@@ -637,7 +637,8 @@ void Core::read_done(int32_t r, ReadStatus status, const std::string& error) {
     ++*counts[static_cast<int>(record.transfer)][0];
     *counts[static_cast<int>(record.transfer)][1] += record.info.bytes;
     record.state = RecordState::resident;
-    if (record.speculative) record.last_use = clock_;  // expected soon
+    if (record.speculative && record.transfer == Priority::upgrade) record.last_use = clock_;
+    if (record.speculative && record.expected > 0) record.expected = clock_;
     resident_bytes_ += record.info.bytes;
     push_heap(r);
     backend_->publish(r, &record.addresses);
@@ -650,37 +651,57 @@ void Core::read_done(int32_t r, ReadStatus status, const std::string& error) {
   } else {
     ++(status == ReadStatus::corrupt ? stats_.corrupt_reads : stats_.failed_reads);
     if (waiters.empty()) ++stats_.failed_prefetches;
-    // Never published, so no step can have seen the pages.
-    for (int32_t page : record.pages) {
-      page_owner_[page] = -1;
-      pool_.free(page);
-    }
-    record.pages.clear();
-    record.addresses.clear();
-    record.state = RecordState::absent;
-    record.speculative = false;
-    speculation_blocked_ = false;
+    give_up_read(r);
     for (const Waiter& w : waiters) fail_session(w.session, error);
   }
   settle();
 }
 
+// Its pages were never published, so no step can have seen them.
+void Core::give_up_read(int32_t r) {
+  Record& record = records_[r];
+  for (int32_t page : record.pages) {
+    page_owner_[page] = -1;
+    pool_.free(page);
+  }
+  record.pages.clear();
+  record.addresses.clear();
+  record.state = RecordState::absent;
+  record.speculative = false;
+  speculation_blocked_ = false;
+}
+
 void Core::request(int32_t r, Priority priority, int32_t distance) {
   Record& record = records_[r];
-  if (record.state == RecordState::resident) {
-    if (priority == Priority::prefetch) record.last_use = clock_;  // expected soon: keep it
-    return;
-  }
+  if (priority == Priority::prefetch) record.expected = clock_;  // keep it, if it is here
+  if (record.state == RecordState::resident) return;
   if (record.state == RecordState::loading || !queue_.push(r, priority, distance))
     ++stats_.coalesced;
   if (queue_.contains(r) && queue_.front() == r) speculation_blocked_ = false;
 }
 
+// A record that was expected in vain is as cold as its last real use, so that the next wrong guess
+// takes its place and not that of a record in use. Without this a cache that had nearly all that
+// was needed read ten times as much (bench/bench_offload.py).
 void Core::cancel(int32_t r, Priority priority) {
-  if (!queue_.contains(r) || queue_.priority(r) != priority) return;
-  if (queue_.front() == r) speculation_blocked_ = false;
-  queue_.erase(r);
-  ++stats_.cancelled;
+  Record& record = records_[r];
+  if (priority == Priority::prefetch && record.expected > 0) {
+    record.expected = 0;
+    if (record.heap_entry != 0) push_heap(r);
+  }
+  if (queue_.contains(r)) {
+    if (queue_.priority(r) != priority) return;
+    if (queue_.front() == r) speculation_blocked_ = false;
+    queue_.erase(r);
+    ++stats_.cancelled;
+  } else if (record.state == RecordState::loading && record.speculative &&
+             record.transfer == priority && backend_->cancel_read(r)) {
+    --num_loading_;
+    speculation_loading_pages_ -= record.num_pages;
+    give_up_read(r);
+    ++stats_.cancelled;
+    settle();
+  }
 }
 
 void Core::cancel_all(Priority priority) {
@@ -829,7 +850,10 @@ std::string Core::fingerprint() const {
   auto add = [&f](auto value) { f.append(reinterpret_cast<const char*>(&value), sizeof(value)); };
   // Times of last use matter by their order only.
   std::vector<uint64_t> times{clock_};
-  for (const Record& r : records_) times.push_back(r.last_use);
+  for (const Record& r : records_) {
+    times.push_back(r.last_use);
+    times.push_back(r.expected);
+  }
   for (const auto& entry : sessions_) times.push_back(entry.second.tick);
   std::sort(times.begin(), times.end());
   times.erase(std::unique(times.begin(), times.end()), times.end());
@@ -843,6 +867,8 @@ std::string Core::fingerprint() const {
     add(r.user_pinned);
     add(r.value);
     add(rank(r.last_use));
+    add(r.expected > 0);
+    add(rank(r.expected));
     for (int32_t page : r.pages) add(page);
     add('|');
     for (const Waiter& w : r.waiters) add(w);

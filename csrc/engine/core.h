@@ -4,6 +4,7 @@
 // deadlocks: docs/engine.md.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <map>
 #include <stdexcept>
@@ -76,7 +77,7 @@ class Core {
 
   // Speculation and control.
   void request(int32_t record, Priority priority, int32_t distance);
-  void cancel(int32_t record, Priority priority);
+  void cancel(int32_t record, Priority priority);  // of a prefetch also: the guess was wrong
   void cancel_all(Priority priority);
   void pump();                            // starts what was requested, as far as it may run
   int64_t evict(int32_t record);          // pages freed
@@ -158,10 +159,12 @@ class Core {
     uint64_t heap_entry = 0;  // number of its valid entry in the heap, 0: none
     int32_t pins = 0;         // needs that rely on it
     float value = 0;
-    uint64_t last_use = 0;
+    uint64_t last_use = 0;  // by a need; of an upgrade: when it came
+    uint64_t expected = 0;  // last prefetch that asked for it, until that one is cancelled
     std::vector<int32_t> pages;
     std::vector<uint8_t*> addresses;
     std::vector<Waiter> waiters;
+    uint64_t recency() const { return std::max(last_use, expected); }
   };
   // Order of eviction: least value, then least recent use, then the finest rung of an expert.
   struct Coldness {
@@ -205,7 +208,7 @@ class Core {
   bool map_one_slab();
   void start_read(int32_t record, Priority priority);
   bool start_speculation(int32_t record);
-  void became_resident(int32_t record);
+  void give_up_read(int32_t record);
   void used(int32_t record, uint64_t tick);
   void evict_record(int32_t record);
   void retire_page(int32_t page);

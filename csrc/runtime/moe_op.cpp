@@ -1,6 +1,7 @@
 #include "moe_op.h"
 
 #include <algorithm>
+#include <limits>
 #include <map>
 #include <stdexcept>
 #include <string>
@@ -88,6 +89,13 @@ int MoeOp::add_layer(MoeLayer layer) {
         by_level[l] = level_parts(metas, static_cast<int>(R), level_masks_[l]);
     parts.parts_of_kind.push_back(std::move(by_level));
   }
+  int32_t first = std::numeric_limits<int32_t>::max(), last = -1;
+  for (int32_t id : layer.records) {
+    if (id < 0) continue;
+    first = std::min(first, id);
+    last = std::max(last, id);
+  }
+  if (last >= 0) parts.ids = {first, last + 1};
   layers_.push_back(std::move(layer));
   parts_.push_back(std::move(parts));
   return static_cast<int>(layers_.size()) - 1;
@@ -144,9 +152,34 @@ std::unique_ptr<Session> MoeOp::session(int layer_idx, const std::vector<int32_t
     needs.push_back({layer.first_expert + e, layer.min_level.at(e), layer.want_level[e]});
   std::unique_ptr<Session> session =
       engine_.open_session(needs.data(), static_cast<int64_t>(needs.size()));
-  if (!ahead.empty())
+  cancel_wrong_guesses(layer_idx, experts);
+  if (!ahead.empty()) {
     engine_.request(ahead.data(), static_cast<int64_t>(ahead.size()), Priority::prefetch, 1);
+    asked_ahead_.insert(asked_ahead_.end(), ahead.begin(), ahead.end());
+  }
   return session;
+}
+
+void MoeOp::cancel_wrong_guesses(int layer_idx, const std::vector<int32_t>& experts) {
+  if (asked_ahead_.empty()) return;
+  const MoeLayer& layer = layers_.at(layer_idx);
+  const auto [first, end] = parts_.at(layer_idx).ids;
+  std::vector<bool> right(end - first, false);  // a shared record is right if one owner is chosen
+  for (int32_t e : experts)
+    for (int r = 0; r < layer.num_records; ++r) {
+      const int32_t id = layer.records.at(static_cast<size_t>(e) * layer.num_records + r);
+      if (id >= 0) right[id - first] = true;
+    }
+  std::vector<int32_t> wrong, later;
+  for (int32_t r : asked_ahead_) {
+    if (r < first || r >= end)
+      later.push_back(r);
+    else if (!right[r - first])
+      wrong.push_back(r);
+  }
+  asked_ahead_.swap(later);
+  if (!wrong.empty())
+    engine_.cancel(Priority::prefetch, wrong.data(), static_cast<int64_t>(wrong.size()));
 }
 
 void MoeOp::forward(int layer_idx, const MoeInput& in, void* out, uint8_t* used,

@@ -55,7 +55,7 @@ class MoeOp {
                const std::vector<int32_t>& ahead);
 
   // A session over `experts` of a layer at their planned levels, for callers that compute
-  // themselves.
+  // themselves. What was asked ahead for this layer and is not among them is cancelled.
   std::unique_ptr<Session> session(int layer_idx, const std::vector<int32_t>& experts,
                                    const std::vector<int32_t>& ahead);
 
@@ -67,13 +67,17 @@ class MoeOp {
   struct Parts {
     std::vector<int32_t> kind_of_expert;                 // [E]
     std::vector<std::vector<LevelParts>> parts_of_kind;  // [kinds][levels]
+    std::pair<int32_t, int32_t> ids{0, 0};               // the layer's records: [first, end)
   };
+
+  void cancel_wrong_guesses(int layer_idx, const std::vector<int32_t>& experts);
 
   Engine& engine_;
   std::vector<uint32_t> level_masks_;
   std::vector<MoeLayer> layers_;
   std::vector<Parts> parts_;
-  std::vector<float> pair_out_;  // [T * K, H], kept between calls of the same size or less
+  std::vector<int32_t> asked_ahead_;  // records, of layers that have not been computed since
+  std::vector<float> pair_out_;       // [T * K, H], kept between calls of the same size or less
 };
 
 }  // namespace comoe

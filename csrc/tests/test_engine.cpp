@@ -384,6 +384,40 @@ void test_prefetch_order_and_cancel() {
   CHECK(b.core.stats().prefetch_reads == 2 && b.core.stats().demand_reads == 1);
 }
 
+void test_wrong_guesses_go_first() {
+  Bench b({1}, std::vector<int>(8, 1), 4, 1);
+  for (int32_t r = 0; r < 4; ++r) b.use({r});
+  const int32_t s = b.open({{3, 0, 0}});
+  b.request({1, 4}, Priority::prefetch);  // 4 takes the place of 0, the coldest
+  b.finish(4);
+  b.core.cancel(4, Priority::prefetch);
+  b.core.cancel(1, Priority::prefetch);  // and 1 is again as cold as it was
+  b.request({5}, Priority::prefetch);    // takes the place of 4, which nobody ever used
+  CHECK(b.core.state(4) == RecordState::absent && b.core.state(1) == RecordState::resident);
+  b.finish(5);
+  b.request({6}, Priority::prefetch);  // 5 is still expected, so 1 goes
+  CHECK(b.core.state(5) == RecordState::resident && b.core.state(1) == RecordState::absent);
+
+  // A read that has not begun never does, and its pages are free; one that has goes on.
+  b.core.cancel(6, Priority::prefetch);
+  CHECK(b.core.state(6) == RecordState::loading);
+  b.backend.reads_begin_late = true;
+  b.core.cancel(6, Priority::upgrade);  // it is a prefetch
+  CHECK(b.core.state(6) == RecordState::loading);
+  b.core.cancel(6, Priority::prefetch);
+  CHECK(b.core.state(6) == RecordState::absent && b.core.pool().free_pages() == 1);
+  CHECK(b.core.loading() == 0 && b.core.stats().cancelled == 1);
+  b.core.check_invariants();
+  // What a need waits for is not cancelled.
+  b.request({7}, Priority::prefetch);
+  const int32_t other = b.open({{7, 0, 0}});
+  b.core.cancel(7, Priority::prefetch);
+  CHECK(b.running() == Records{7});
+  b.finish(7);
+  b.core.close_session(other);
+  b.core.close_session(s);
+}
+
 void test_speculation_leaves_room() {
   // 6 pages; the largest need takes 4: reads that may not be wanted never hold more than 2 of them.
   Bench b({1}, {4, 1, 1, 1, 1, 1, 3}, 6, 1);
@@ -897,6 +931,7 @@ int main() {
   test_own_records_stay();
   test_speculation();
   test_prefetch_order_and_cancel();
+  test_wrong_guesses_go_first();
   test_speculation_leaves_room();
   test_demand_waits_first();
   test_read_errors();

@@ -265,13 +265,16 @@ struct World {
         w.core.request(record, priority, 0);
         w.core.pump();
       });
-    if (cancels > 0 && !core.queue().empty())
-      optional.emplace_back("cancel", [](World& w) {
-        --w.cancels;
-        const int32_t record = w.core.queue().front();
-        w.core.cancel(record, w.core.queue().priority(record));
-        w.core.pump();
-      });
+    for (size_t i = 0; cancels > 0 && i < requests; ++i)
+      for (bool late : {false, true})
+        optional.emplace_back((late ? "withdraw" : "cancel") + std::to_string(i),
+                              [i, late](World& w) {
+                                --w.cancels;
+                                w.backend.reads_begin_late = late;
+                                const auto& [record, priority] = w.scenario->requests[i];
+                                w.core.cancel(record, priority);
+                                w.core.pump();
+                              });
     for (int32_t r = 0; evictions > 0 && r < core.num_records(); ++r)
       if (core.state(r) == RecordState::resident)
         optional.emplace_back("evict" + std::to_string(r), [r](World& w) {
