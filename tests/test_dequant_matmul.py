@@ -105,6 +105,7 @@ def test_arguments_that_do_not_fit(change, text):
         ({"pages": torch.zeros(1, 1, 1, dtype=torch.int64)}, "pages: expected"),
         ({"pages": torch.zeros(1, 2, 1)}, "pages: expected"),
         ({"page_bytes": 1000}, "page_bytes: expected"),
+        ({"page_bytes": 1 << 31}, "under 2 GiB"),
         ({"block_offsets": (0,)}, "block_offsets: expected 2"),
     ],
 )
