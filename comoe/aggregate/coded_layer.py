@@ -198,9 +198,11 @@ class CodedLayer(nn.Module):
 
     def experts(self, bits: int) -> list[Expert]:
         """The experts at `bits`, with gradients."""
-        matrices = [stack(bits) for stack in self.stacks]
+        # unbind, since the gradient of one index is a whole stack of zeros.
+        matrices = [stack(bits).unbind(0) for stack in self.stacks]
         return [
-            Expert(tuple(m[s] for m in matrices), self.biases[s]) for s in range(len(matrices[0]))
+            Expert(found, biases)
+            for found, biases in zip(zip(*matrices, strict=True), self.biases, strict=True)
         ]
 
     def coded(self) -> list[list[CodedMatrix]]:

@@ -240,7 +240,7 @@ def _tune(
     progress: Progress | None,
 ) -> Report:
     started, modules = time.monotonic(), nn.ModuleList(layers)
-    optimizer = torch.optim.Adam(_rates(layers), betas=(0.9, 0.98))
+    optimizer = torch.optim.Adam(_rates(layers), betas=(0.9, 0.98), fused=True)
     rates = [group["lr"] * rate for group in optimizer.param_groups]
     generator = torch.Generator().manual_seed(seed)
     settings = {"steps": steps, "rate": rate, "seed": seed, "sizes": [len(x.slot) for x in layers]}

@@ -14,9 +14,9 @@ output. `round_matrix` lowers it in this order:
    state seen is what is kept).
 4. Tables of the levels below the anchor by least squares under M, for the bins that truncation gives.
 
-All rungs up to the anchor come from the one set of codes. The bits below the anchor are those of the
-nearest code in the anchor's bin; they make a valid 8-bit rung, but the packer's own is better (it is a
-replacement set of its own).
+All rungs up to the anchor come from the one set of codes. Bits below the anchor are chosen by coordinate
+descent inside the anchor's bins; they make a valid 8-bit rung, but the packer's own codes are better there,
+and are a replacement set of their own.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ BLOCK = (
     128  # columns between two updates of all that follow; a group of columns in the natural order
 )
 FIT_ROWS = 256  # rows of a matrix that tables are fitted on under M
+FEW_ROWS = 4  # rows per neuron at which half of the fit of down is taken
 SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.72, 0.64)
 LLOYD_ITERATIONS = 3
 
@@ -66,7 +67,9 @@ def round_expert(
     Returns uint8 payloads: 1, 2, 3 or 4 for 2, 3, 4 or 8 bits. Raises ValueError for weights or moments
     that are not finite, and for shapes that do not fit.
     """
-    coded = round_matrices(matrices, moments, anchor=anchor, sweeps=sweeps, damping=damping)
+    coded = round_matrices(
+        matrices, moments, anchor=anchor, lower_bits=bits == 8, sweeps=sweeps, damping=damping
+    )
     shape = shape_of(matrices, biased=len(biases) > 0)
     bits = anchor if bits is None else bits
     if bits != 8 and bits > anchor:
@@ -81,10 +84,14 @@ def round_matrices(
     moments: Sequence[torch.Tensor | None],
     *,
     anchor: int = 4,
+    lower_bits: bool = False,
     sweeps: int = SWEEPS,
     damping: float = DAMPING,
 ) -> list[CodedMatrix]:
-    """`round_expert` before it is written down: one CodedMatrix per matrix."""
+    """`round_expert` before it is written down: one CodedMatrix per matrix.
+
+    lower_bits: also choose the bits below the anchor's, for a rung of 8 bits; else they are 0.
+    """
     if len(moments) != len(matrices):
         raise ValueError(
             f"round_expert: moments: expected one (or None) for each of {len(matrices)} matrices, got {len(moments)}"
@@ -92,11 +99,12 @@ def round_matrices(
     prepared: dict[int, _Moment] = {}  # gate and up have the same
     coded = []
     for m, (weight, moment) in enumerate(zip(matrices, moments, strict=True)):
-        if moment is not None and id(moment) not in prepared:
+        if moment is not None:
             _check_moment(m, weight, moment)
-            prepared[id(moment)] = _Moment.of(moment, damping)
+            if id(moment) not in prepared:
+                prepared[id(moment)] = _Moment.of(moment, damping)
         found = _Moment.identity(weight.shape[1]) if moment is None else prepared[id(moment)]
-        coded.append(_Rounding(weight, found, anchor, m).run(sweeps))
+        coded.append(_Rounding(weight, found, anchor, m).run(sweeps, lower_bits))
     return coded
 
 
@@ -143,6 +151,8 @@ def round_routed(
     fitted = torch.linalg.solve(moment, right).T.contiguous()
     if not bool(torch.isfinite(fitted).all()):
         fitted = down
+    # With few rows per neuron the fit is mostly noise.
+    fitted = down + (fitted - down) * (len(x) / (len(x) + FEW_ROWS * len(moment)))
     return coded + round_matrices([fitted], [moment], **options)
 
 
@@ -231,7 +241,7 @@ class _Rounding:
         self.group_of = torch.arange(self.cols) // GROUP_COLS
         self.table = self.scale_q = self.zero = self.scale = self.index = None
 
-    def run(self, sweeps: int) -> CodedMatrix:
+    def run(self, sweeps: int, lower_bits: bool) -> CodedMatrix:
         self._fit_ranges()
         if self.moment.order is None:
             self.index = self._nearest(self.weight, slice(None))
@@ -244,7 +254,7 @@ class _Rounding:
             self._descend()
             best = min(best, self._state(), key=lambda state: state[0])
         _, self.table, self.scale, self.scale_q, self.zero, self.grid, self.index = best
-        return self._coded()
+        return self._coded(lower_bits)
 
     def _state(self):
         error = self.weight - self._decoded()
@@ -407,39 +417,60 @@ class _Rounding:
         return torch.linalg.solve(left, right + ridge * table.double()).float()
 
     def _descend(self) -> None:
-        """Each code to its best entry while all others stay, in blocks of a group's columns."""
-        m, bounds = self.moment.matrix, self._bounds()
-        decoded = self._decoded()
+        bounds = self._bounds()
+
+        def choose(target: torch.Tensor, col: int) -> torch.Tensor:
+            chosen = torch.bucketize(target, bounds)
+            self.index[:, col] = chosen
+            return self.table[chosen]
+
+        self._coordinate_descent(self._decoded(), choose)
+
+    def _coordinate_descent(self, decoded: torch.Tensor, choose) -> None:
+        """Column by column, in blocks of a group: `choose(target [rows] in code units, column)` gives the
+        values that come nearest to what is best while all other columns stay as they are."""
+        m = self.moment.matrix
         gradient = (self.weight - decoded) @ m
         inverse = 1 / self.scale
         for g, cols in enumerate(self.groups):
             inner = m[cols, cols]
             steps = (1 / inner.diagonal()).tolist()
             scale, zero, local = self.scale[:, g], self.zero[:, g], gradient[:, cols].clone()
-            before = decoded[:, cols].clone()
-            now = before.clone()
+            now = decoded[:, cols].clone()
             for j in range(inner.shape[0]):
                 target = now[:, j] + local[:, j] * steps[j]
-                chosen = torch.bucketize(target * inverse[:, g] + zero, bounds)
-                value = scale * (self.table[chosen] - zero)
+                value = choose(target * inverse[:, g] + zero, cols.start + j)
+                value = scale * (value - zero)
                 local.addr_(value - now[:, j], inner[j], alpha=-1)
                 now[:, j] = value
-                self.index[:, cols.start + j] = chosen
-            gradient -= (now - before) @ m[cols]
+            gradient -= (now - decoded[:, cols]) @ m[cols]
+
+    def _lower_bits(self) -> torch.Tensor:
+        """Codes 0..255 [rows, cols] in the anchor's bins, for the rung of 8 bits."""
+        width = 256 >> self.anchor
+        low = self.index * width
+        zero = self._spread(self.zero)
+        codes = (self.weight / self._spread(self.scale) + zero).round().clamp(low, low + width - 1)
+
+        def choose(target: torch.Tensor, col: int) -> torch.Tensor:
+            value = target.round().clamp(low[:, col], low[:, col] + width - 1)
+            codes[:, col] = value
+            return value
+
+        if self.moment.order is not None:  # else the nearest is the best
+            for _ in range(2):
+                self._coordinate_descent(self._spread(self.scale) * (codes - zero), choose)
+        return codes
 
     # ---- step 4 ---------------------------------------------------------------------------------
 
-    def _coded(self) -> CodedMatrix:
+    def _coded(self, lower_bits: bool) -> CodedMatrix:
         tables = {self.anchor: self.table}
         for bits in (b for b in LEVEL_BITS if b < self.anchor):
             index = self.index >> (self.anchor - bits)
             merged = self.table.reshape(2**bits, -1).mean(1)
             tables[bits] = self._least_squares(index, merged).round().clamp(0, 255)
-        # Below the anchor: the nearest code in the anchor's bin.
-        width = 256 >> self.anchor
-        units = self.weight / self._spread(self.scale) + self._spread(self.zero)
-        low = self.index * width
-        codes = units.round().clamp(0, 255).to(torch.int64).clamp(low, low + width - 1)
+        codes = self._lower_bits() if lower_bits else self.index * (256 >> self.anchor)
         found = {b: t.to(torch.uint8).numpy() for b, t in tables.items()}
         for bits in (3, 4):  # finer than the anchor: the middles of their bins, should one ask
             middles = (np.arange(2**bits) * 2 + 1) * (128 >> bits)
