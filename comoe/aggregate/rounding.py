@@ -27,6 +27,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from comoe import _C
 from comoe.aggregate.coded import CodedMatrix, scale_grid, scale_of, to_payloads
 from comoe.aggregate.experts import Expert, activate, intermediate
 from comoe.runtime.spec import ExpertsSpec
@@ -38,7 +39,9 @@ SWEEPS = 2
 BLOCK = (
     128  # columns between two updates of all that follow; a group of columns in the natural order
 )
-FIT_ROWS = 256  # rows of a matrix that tables are fitted on under M
+FIT_WEIGHTS = (
+    1 << 16
+)  # about as many of a matrix tables are fitted on under M: sums over pairs cost
 FEW_ROWS = 4  # rows per neuron at which half of the fit of down is taken
 SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.72, 0.64)
 LLOYD_ITERATIONS = 3
@@ -346,26 +349,26 @@ class _Rounding:
         order, upper = self.moment.order, self.moment.factor
         left = self.weight[:, order].clone()
         index = torch.empty((self.rows, self.cols), dtype=torch.int64)
-        bounds = self._bounds()
-        scale, zero = self.scale, self.zero
-        groups = self.group_of[order].tolist()
-        inverse = 1 / scale
+        groups = self.group_of[order]
         for begin in range(0, self.cols, BLOCK):
-            end = min(begin + BLOCK, self.cols)
-            errors = torch.empty((self.rows, end - begin))
-            block = left[:, begin:end]
-            factor = upper[begin:end, begin:end]
-            for j in range(end - begin):
-                g = groups[begin + j]
-                chosen = torch.bucketize(block[:, j] * inverse[:, g] + zero[:, g], bounds)
-                index[:, begin + j] = chosen
-                decoded = scale[:, g] * (self.table[chosen] - zero[:, g])
-                error = (block[:, j] - decoded) / factor[j, j]
-                errors[:, j] = error
-                block[:, j + 1 :].addr_(error, factor[j, j + 1 :], alpha=-1)
-            left[:, end:] -= errors @ upper[begin:end, end:]
+            some = slice(begin, min(begin + BLOCK, self.cols))
+            inverse = 1 / upper.diagonal()[some]
+            index[:, some], errors = self._round(
+                left[:, some], upper[some, some], inverse, groups[some]
+            )
+            left[:, some.stop :] -= errors @ upper[some, some.stop :]
         self.index = torch.empty_like(index)
         self.index[:, order] = index
+
+    def _round(
+        self, values, factor, inverse, groups, **options
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`_C.round_columns` on tensors: codes int64 and errors float32, [rows, columns of the block]."""
+        codes, errors = _C.round_columns(
+            values.contiguous().numpy(), factor.contiguous().numpy(), inverse.contiguous().numpy(),
+            self.scale.numpy(), self.zero.numpy(), groups.to(torch.int32).numpy(), self.table.numpy(), **options
+        )  # fmt: skip
+        return torch.from_numpy(codes).long(), torch.from_numpy(errors)
 
     # ---- step 3 ---------------------------------------------------------------------------------
 
@@ -391,7 +394,9 @@ class _Rounding:
             ds, do = torch.where(fits, ds, 0), torch.where(fits, do, 0)
             scale[:, g] += ds
             offset[:, g] += do
-            gradient -= (ds[:, None] * v - do[:, None]) @ m[cols]
+            if cols.stop < self.cols:
+                change = ds[:, None] * v - do[:, None]
+                gradient[:, cols.stop :] -= change @ m[cols, cols.stop :]
         self._set_groups(scale, offset)
 
     def _refit_table(self) -> None:
@@ -401,7 +406,7 @@ class _Rounding:
     def _least_squares(self, index: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
         """Entries of least error under M for given bins, over a sample of rows; `table`: what an entry
         without weights keeps."""
-        step = -(-self.rows // FIT_ROWS)
+        step = max(1, self.rows * self.cols // FIT_WEIGHTS)
         index = index[::step]
         scale = self._spread(self.scale)[::step] / self.scale.max()
         target = (self.weight / self.scale.max())[::step] + scale * self._spread(self.zero)[::step]
@@ -417,49 +422,42 @@ class _Rounding:
         return torch.linalg.solve(left, right + ridge * table.double()).float()
 
     def _descend(self) -> None:
-        bounds = self._bounds()
+        self.index = self._coordinate_descent(self._decoded())
 
-        def choose(target: torch.Tensor, col: int) -> torch.Tensor:
-            chosen = torch.bucketize(target, bounds)
-            self.index[:, col] = chosen
-            return self.table[chosen]
+    def _coordinate_descent(
+        self, decoded: torch.Tensor, lower: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Each code to what is best while all others stay as they are, group after group.
 
-        self._coordinate_descent(self._decoded(), choose)
-
-    def _coordinate_descent(self, decoded: torch.Tensor, choose) -> None:
-        """Column by column, in blocks of a group: `choose(target [rows] in code units, column)` gives the
-        values that come nearest to what is best while all other columns stay as they are."""
+        lower: uint8 [rows, cols]: choose among the codes of the anchor's bin that begins there.
+        """
         m = self.moment.matrix
         gradient = (self.weight - decoded) @ m
-        inverse = 1 / self.scale
-        for g, cols in enumerate(self.groups):
+        found = torch.empty((self.rows, self.cols), dtype=torch.int64)
+        for cols in self.groups:
             inner = m[cols, cols]
-            steps = (1 / inner.diagonal()).tolist()
-            scale, zero, local = self.scale[:, g], self.zero[:, g], gradient[:, cols].clone()
-            now = decoded[:, cols].clone()
-            for j in range(inner.shape[0]):
-                target = now[:, j] + local[:, j] * steps[j]
-                value = choose(target * inverse[:, g] + zero, cols.start + j)
-                value = scale * (value - zero)
-                local.addr_(value - now[:, j], inner[j], alpha=-1)
-                now[:, j] = value
-            gradient -= (now - decoded[:, cols]) @ m[cols]
+            options = {"present": decoded[:, cols].contiguous().numpy()}
+            if lower is not None:
+                options |= {
+                    "lower": lower[:, cols].contiguous().numpy(),
+                    "width": 256 >> self.anchor,
+                }
+            found[:, cols], moved = self._round(
+                gradient[:, cols], inner, 1 / inner.diagonal(), self.group_of[cols], **options
+            )
+            if cols.stop < self.cols:
+                gradient[:, cols.stop :] -= moved @ m[cols, cols.stop :]
+        return found
 
     def _lower_bits(self) -> torch.Tensor:
         """Codes 0..255 [rows, cols] in the anchor's bins, for the rung of 8 bits."""
         width = 256 >> self.anchor
         low = self.index * width
-        zero = self._spread(self.zero)
-        codes = (self.weight / self._spread(self.scale) + zero).round().clamp(low, low + width - 1)
-
-        def choose(target: torch.Tensor, col: int) -> torch.Tensor:
-            value = target.round().clamp(low[:, col], low[:, col] + width - 1)
-            codes[:, col] = value
-            return value
-
+        scale, zero = self._spread(self.scale), self._spread(self.zero)
+        codes = (self.weight / scale + zero).round().clamp(low, low + width - 1)
         if self.moment.order is not None:  # else the nearest is the best
             for _ in range(2):
-                self._coordinate_descent(self._spread(self.scale) * (codes - zero), choose)
+                codes = self._coordinate_descent(scale * (codes - zero), low.to(torch.uint8))
         return codes
 
     # ---- step 4 ---------------------------------------------------------------------------------
