@@ -208,12 +208,13 @@ def coarse_inputs(
         seen, out = [], []
 
         def forward(idx, hidden, top_k_index, top_k_weights):
-            layer = before[idx] if idx < layer_idx else None
-            if layer is not None:
-                return layer(hidden, top_k_index, top_k_weights, bits)
             if idx > layer_idx:  # nothing after it matters
                 return torch.zeros_like(hidden)
+            if idx < layer_idx and before[idx] is not None:
+                return before[idx](hidden, top_k_index, top_k_weights, bits)
             result = model.comoe.experts_forward(idx, hidden, top_k_index, top_k_weights)
+            if idx < layer_idx:
+                return result
             seen.append((hidden.clone(), top_k_index.clone(), top_k_weights.clone()))
             out.append(result.clone())
             return result
