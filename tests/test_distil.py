@@ -162,7 +162,7 @@ def test_logits_get_nearer(packed):
         coded = [round_matrices(e.matrices, [None] * 3, anchor=2) for e in exact]
         layers.append(CodedLayer(spec, coded, exact, anchor=2))
     model = comoe.load(packed, exact=True, dtype=torch.float32)
-    windows = torch.randint(1, 257, (24, 32), generator=torch.Generator().manual_seed(0))
+    windows = torch.randint(1, 257, (72, 32), generator=torch.Generator().manual_seed(0))
     try:
         dense = {n: p.clone() for n, p in model.named_parameters()}
         inputs, experts, gates, targets = distil.coarse_inputs(model, layers, 1, 2, windows[:4])
@@ -171,7 +171,7 @@ def test_logits_get_nearer(packed):
         want = run_experts(weights.layer(0), weights.specs[0], *first[:3])
         torch.testing.assert_close(first[3], want, rtol=1e-3, atol=1e-3)
         report = distil.distil_logits(
-            model, layers, windows[:16], windows[16:], steps=12, batch_tokens=128
+            model, layers, windows[:64], windows[64:], steps=32, batch_tokens=256, rate=0.5
         )
         assert report.kept and 0 < report.after < report.before, str(report)
         for name, parameter in model.named_parameters():

@@ -122,14 +122,16 @@ class CodedStack(nn.Module):
         )
         found = []
         for e, grid in enumerate(self.grid):
-            tables = {
-                b: ((np.arange(2**b) * 2 + 1) * (128 >> b)).astype(np.uint8) for b in (2, 3, 4)
-            }
+            tables = {}
             for name in self.tables:
                 table = self._table(int(name))[e]
                 if int(name) == self.anchor:
                     table = table.sort().values
                 tables[int(name)] = table.to(torch.uint8).numpy()
+            for bits in (b for b in (2, 3, 4) if b not in tables):  # should one ask
+                part, known = 2 ** abs(bits - self.anchor), tables[self.anchor]
+                finer = bits > self.anchor
+                tables[bits] = np.repeat(known, part) if finer else known[part // 2 :: part]
             found.append(CodedMatrix(codes[e], scale_q[e], zero[e], *grid, tables))
         return found
 

@@ -470,9 +470,10 @@ class _Rounding:
             tables[bits] = self._least_squares(index, merged).round().clamp(0, 255)
         codes = self._lower_bits() if lower_bits else self.index * (256 >> self.anchor)
         found = {b: t.to(torch.uint8).numpy() for b, t in tables.items()}
-        for bits in (3, 4):  # finer than the anchor: the middles of their bins, should one ask
-            middles = (np.arange(2**bits) * 2 + 1) * (128 >> bits)
-            found.setdefault(bits, middles.astype(np.uint8))
+        for bits in (
+            b for b in (3, 4) if b > self.anchor
+        ):  # should one ask: the anchor's own values
+            found[bits] = np.repeat(found[self.anchor], 2 ** (bits - self.anchor))
         return CodedMatrix(
             codes.to(torch.uint8).numpy(),
             self.scale_q,
