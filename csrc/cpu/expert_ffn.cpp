@@ -218,6 +218,33 @@ void tile_bias(const MatrixView& view, int64_t n, const Kernels& kernels, float*
   kernels.load(view.planes[0].at(at), view.bias_dtype, kBlockRows, out);
 }
 
+// Where the blocks of a matrix lie is the same in every part of a level in the ladder of packing,
+// and is remembered: with small experts, finding it anew for each took a tenth of the time.
+class LadderViews {
+ public:
+  MatrixView view(const ExpertGeometry& g, const PartView& part, int m) {
+    constexpr uint8_t kLadder[kNumPlanes] = {0, 1, 2, 3};
+    if (std::memcmp(part.first_plane, kLadder, sizeof(kLadder)) != 0)
+      return matrix_view(g, part, m);
+    if (g.hidden != of_.hidden || g.intermediate != of_.intermediate || g.gated != of_.gated ||
+        g.biased != of_.biased || g.exact_dtype != of_.exact_dtype) {
+      of_ = g;
+      for (auto& level : views_)
+        for (MatrixView& view : level) view.shape.rows = 0;
+    }
+    MatrixView& known = views_[static_cast<int>(part.level)][m];
+    if (known.shape.rows == 0) known = matrix_view(g, part, m);
+    MatrixView view = known;
+    std::copy_n(part.planes, kNumPlanes, view.planes);
+    return view;
+  }
+
+ private:
+  ExpertGeometry of_;
+  MatrixView views_[5][kMaxMatrices] = {};
+};
+thread_local LadderViews ladder_views;
+
 // ---- expert_ffn -------------------------------------------------------------------------------
 
 // Rows whose gate and up outputs of one group are held at a time (64 KB of scratch per thread).
@@ -227,7 +254,7 @@ constexpr int64_t kDownTiles = 16;
 
 struct Item {
   int32_t task, piece;
-  int32_t shrink = 0;  // index into the expert's shrinks
+  int32_t shrink = 0;  // index
 };
 
 // Most products that add up to the rows of one matrix: one per record, at most.
@@ -240,8 +267,8 @@ struct Term {
   RowLayout layout;  // of the prepared rows that it takes
   bool of_x;         // rows of x, by token; else row i of the task, in the scratch
   bool biased;
-  int shrink;           // of U: index of what makes its t, in of_x or of_a; else -1
-  int64_t rows_at = 0;  // in the scratch
+  int shrink;       // of U: index of what makes its t; else -1
+  int64_t rows_at;  // in the scratch
 };
 
 // t = V x or V a, prepared for U.
@@ -251,14 +278,14 @@ struct Shrink {
   int64_t rows_at;   // of t, in the scratch
 };
 
-// What is to be computed for a task.
+// What is to be computed for a task: all terms of its matrices, matrix by matrix.
 struct Expert {
-  std::vector<Term> terms[kMaxMatrices];  // by matrix
-  std::vector<Shrink> of_x, of_a;
-  int64_t a_at[kForms] = {};  // prepared rows of the intermediate, by form
+  int32_t first[kMaxMatrices + 1] = {};  // terms of matrix m: [first[m], first[m + 1])
+  int64_t a_at[kForms] = {};             // prepared rows of the intermediate, by form
   bool a_used[kForms] = {};
   std::vector<float> mean;  // [H] or empty
-  bool computes() const { return !terms[0].empty() || !terms[1].empty() || !terms[2].empty(); }
+  bool computes() const { return first[kMaxMatrices] > first[0]; }
+  bool has(int m) const { return first[m + 1] > first[m]; }
 };
 
 struct Product {
@@ -279,8 +306,10 @@ struct Call {
   std::vector<uint8_t*> x_rows;               // [form] -> prepared rows of x
   std::vector<int32_t> slot;                  // token -> prepared row
   std::vector<Expert> experts;                // [task]
-  uint8_t* scratch = nullptr;                 // prepared rows of tasks
-  int64_t down_tiles = 1;                     // row tiles of down per item
+  std::vector<Term> terms;                    // of all of them: one allocation, not three a task
+  std::vector<Shrink> shrinks;
+  uint8_t* scratch = nullptr;  // prepared rows of tasks
+  int64_t down_tiles = 1;      // row tiles of down per item
 
   Form form(const MatrixView& view) const {
     return row_form(view.level, view.exact_dtype, x_dtype, kernels.bf16_dot);
@@ -378,21 +407,18 @@ struct Call {
   // Appends the products of matrix m, or clears `out` if there are none.
   void append_products(const Expert& expert, int m, float* out, int64_t floats, Product* products,
                        int& count) const {
-    if (expert.terms[m].empty()) std::fill(out, out + floats, 0.0f);
-    bool adds = false;
-    for (const Term& term : expert.terms[m]) {
-      products[count++] = {&term, out, adds};
-      adds = true;
-    }
+    if (!expert.has(m)) std::fill(out, out + floats, 0.0f);
+    for (int32_t t = expert.first[m]; t < expert.first[m + 1]; ++t)
+      products[count++] = {&terms[t], out, t > expert.first[m]};
   }
 
   void add_bias(const Expert& expert, int m, int64_t first, int64_t num_tiles, int num_rows,
                 float* out, int64_t stride) const {
-    for (const Term& term : expert.terms[m]) {
-      if (!term.biased) continue;
+    for (int32_t t = expert.first[m]; t < expert.first[m + 1]; ++t) {
+      if (!terms[t].biased) continue;
       for (int64_t n = 0; n < num_tiles; ++n) {
         float bias[kBlockRows];
-        tile_bias(term.view, first + n, kernels, bias);
+        tile_bias(terms[t].view, first + n, kernels, bias);
         for (int i = 0; i < num_rows; ++i)
           for (int64_t r = 0; r < kBlockRows; ++r) out[i * stride + n * kBlockRows + r] += bias[r];
       }
@@ -401,8 +427,8 @@ struct Call {
 
   // The first weights that an item reads, for the item before it to fetch.
   std::optional<MatrixWalk> head(int m, const Item* item, int64_t tiles) const {
-    if (item == nullptr || experts[item->task].terms[m].empty()) return std::nullopt;
-    return MatrixWalk(experts[item->task].terms[m][0].view, item->piece * tiles);
+    if (item == nullptr || !experts[item->task].has(m)) return std::nullopt;
+    return MatrixWalk(terms[experts[item->task].first[m]].view, item->piece * tiles);
   }
 
   // Phases 0 and 2: 128 rows of V x (V a), a whole group of t, so that it can be prepared here.
@@ -494,62 +520,47 @@ struct Call {
     }
   }
 
-  // The terms of a task, without places in the scratch (see `place`).
-  Expert expert_of(const FfnTask& task) const {
+  // Adds a task's terms and shrinks, and gives what its phases hand on a place in the scratch, from
+  // `bytes` on; returns its end.
+  int64_t add_expert(const FfnTask& task, int64_t bytes) {
     const ExpertGeometry& g = spec.geometry;
     const int down = g.num_matrices() - 1;
-    Expert expert;
-    for (const PartView& part : task.expert->parts)
-      for (int m = 0; m <= down; ++m) {
-        const MatrixView view = matrix_view(g, part, m);
-        const int f = static_cast<int>(form(view));
-        const RowLayout& layout = m == down ? a_layout[f] : x_layout[f];
-        expert.terms[m].push_back({view, layout, m < down, g.biased, -1});
-      }
-    for (const LowRankView& low_rank : task.expert->low_rank)
-      for (int m = 0; m <= down; ++m) {
-        if (low_rank.ranks[m] == 0) continue;
-        const MatrixView v = factor_view(g, low_rank, m, 0), u = factor_view(g, low_rank, m, 1);
-        const int f = static_cast<int>(form(v));
-        const RowLayout t(form(u), low_rank.ranks[m]);
-        std::vector<Shrink>& shrinks = m == down ? expert.of_a : expert.of_x;
-        expert.terms[m].push_back({u, t, false, false, static_cast<int>(shrinks.size())});
-        shrinks.push_back({{v, m == down ? a_layout[f] : x_layout[f], m < down, false, -1}, t, 0});
-      }
-    for (const std::vector<Term>& terms : expert.terms)
-      if (terms.size() > kMaxTerms)
-        throw std::invalid_argument("expert_ffn: an expert of more than 32 parts");
-    if (!task.expert->means.empty()) {
-      expert.mean.resize(g.hidden);
-      unpack_mean(g, *task.expert, expert.mean.data());
-    }
-    return expert;
-  }
-
-  // Gives what the phases hand on its place in the scratch, from `bytes` on; returns its end.
-  int64_t place(Expert& expert, const FfnTask& task, int64_t bytes) const {
-    const int down = spec.geometry.num_matrices() - 1;
+    experts.emplace_back();
+    Expert& expert = experts.back();
+    if (task.expert->parts.size() + task.expert->low_rank.size() > kMaxTerms)
+      throw std::invalid_argument("expert_ffn: an expert of more than 32 parts");
     auto take = [&](const RowLayout& layout) {
       const int64_t at = bytes;
       bytes += task.num_rows * layout.bytes();
       return at;
     };
-    auto use_a = [&](Term& term) {
-      const int f = static_cast<int>(term.layout.form);
+    // Of a product with x (of the token) or with the intermediate.
+    auto input = [&](const MatrixView& view, int m, bool biased) {
+      const int f = static_cast<int>(form(view));
+      if (m < down) return Term{view, x_layout[f], true, biased, -1, 0};
       if (!expert.a_used[f]) expert.a_at[f] = take(a_layout[f]);
       expert.a_used[f] = true;
-      term.rows_at = expert.a_at[f];
+      return Term{view, a_layout[f], false, biased, -1, expert.a_at[f]};
     };
-    for (int m = 0; m <= down; ++m)
-      for (Term& term : expert.terms[m]) {
-        if (term.shrink >= 0) {
-          Shrink& shrink = (m == down ? expert.of_a : expert.of_x)[term.shrink];
-          if (m == down) use_a(shrink.term);
-          term.rows_at = shrink.rows_at = take(shrink.layout);
-        } else if (m == down) {
-          use_a(term);
-        }
+    for (int m = 0; m <= down; ++m) {
+      expert.first[m] = static_cast<int32_t>(terms.size());
+      for (const PartView& part : task.expert->parts)
+        terms.push_back(input(ladder_views.view(g, part, m), m, g.biased));
+      for (const LowRankView& low_rank : task.expert->low_rank) {
+        if (low_rank.ranks[m] == 0) continue;
+        const MatrixView u = factor_view(g, low_rank, m, 1);
+        const RowLayout t(form(u), low_rank.ranks[m]);
+        const int64_t at = take(t);
+        terms.push_back({u, t, false, false, static_cast<int>(shrinks.size()), at});
+        shrinks.push_back({input(factor_view(g, low_rank, m, 0), m, false), t, at});
       }
+    }
+    for (int m = down + 1; m <= kMaxMatrices; ++m)
+      expert.first[m] = static_cast<int32_t>(terms.size());
+    if (!task.expert->means.empty()) {
+      expert.mean.resize(g.hidden);
+      unpack_mean(g, *task.expert, expert.mean.data());
+    }
     return bytes;
   }
 };
@@ -620,7 +631,7 @@ void expert_ffn(const FfnSpec& spec, const FfnTask* tasks, int num_tasks, const 
   if (spec.activation == Activation::swigluoai && !g.gated)
     throw std::invalid_argument("expert_ffn: activation swigluoai needs gated experts");
   const Kernels& kernels = *current_kernels().load();
-  Call call{spec, kernels, tasks, x, x_dtype, x_stride, pair_out, {}, {}, {}, {}, {}};
+  Call call{spec, kernels, tasks, x, x_dtype, x_stride, pair_out, {}, {}, {}, {}, {}, {}, {}};
 
   for (int f = 0; f < kForms; ++f) {
     call.x_layout.emplace_back(static_cast<Form>(f), g.hidden);
@@ -637,20 +648,25 @@ void expert_ffn(const FfnSpec& spec, const FfnTask* tasks, int num_tasks, const 
   call.down_tiles =
       std::min(std::max<int64_t>(num_tasks * tiles / (8 * num_threads), 1), kDownTiles);
   const int64_t down_pieces = ceil_div(tiles, call.down_tiles);
-  auto add_items = [](std::vector<Item>& items, int32_t task, int64_t pieces, size_t shrink = 0) {
-    for (int64_t i = 0; i < pieces; ++i)
-      items.push_back({task, static_cast<int32_t>(i), static_cast<int32_t>(shrink)});
+  auto add_items = [](std::vector<Item>& items, int32_t task, int64_t pieces, int shrink = 0) {
+    for (int64_t i = 0; i < pieces; ++i) items.push_back({task, static_cast<int32_t>(i), shrink});
   };
+  call.experts.reserve(num_tasks);
+  call.terms.reserve(num_tasks * kMaxMatrices);
   for (int t = 0; t < num_tasks; ++t) {
     const FfnTask& task = tasks[t];
-    call.experts.push_back(call.expert_of(task));
+    scratch_bytes = call.add_expert(task, scratch_bytes);
     if (task.num_rows == 0) continue;
-    Expert& expert = call.experts.back();
-    scratch_bytes = call.place(expert, task, scratch_bytes);
-    for (const std::vector<Term>& terms : expert.terms)
-      for (const Term& term : terms)
-        if (term.of_x) used[static_cast<int>(term.layout.form)] = true;
-    for (const Shrink& s : expert.of_x) used[static_cast<int>(s.term.layout.form)] = true;
+    const Expert& expert = call.experts.back();
+    const int down = g.num_matrices() - 1;
+    for (int m = 0; m <= down; ++m)
+      for (int32_t i = expert.first[m]; i < expert.first[m + 1]; ++i) {
+        const Term& term = call.terms[i];
+        const Term& with_x = term.shrink < 0 ? term : call.shrinks[term.shrink].term;
+        if (with_x.of_x) used[static_cast<int>(with_x.layout.form)] = true;
+        if (term.shrink >= 0)
+          add_items(m < down ? x_items : a_items, t, term.layout.groups, term.shrink);
+      }
     for (int i = 0; i < task.num_rows; ++i) {
       const int32_t token = task.token[i];
       if (token >= static_cast<int32_t>(call.slot.size())) call.slot.resize(token + 1, -1);
@@ -658,11 +674,7 @@ void expert_ffn(const FfnSpec& spec, const FfnTask* tasks, int num_tasks, const 
       call.slot[token] = static_cast<int32_t>(tokens.size());
       tokens.push_back(token);
     }
-    for (size_t s = 0; s < expert.of_x.size(); ++s)
-      add_items(x_items, t, expert.of_x[s].layout.groups, s);
     if (expert.computes()) add_items(gate_up_items, t, ceil_div(g.intermediate, kGroupCols));
-    for (size_t s = 0; s < expert.of_a.size(); ++s)
-      add_items(a_items, t, expert.of_a[s].layout.groups, s);
     add_items(down_items, t, down_pieces);
   }
   if (tokens.empty()) return;
@@ -683,13 +695,11 @@ void expert_ffn(const FfnSpec& spec, const FfnTask* tasks, int num_tasks, const 
       for (int f = 0; f < kForms; ++f)
         if (used[f]) call.prepare_x(static_cast<Form>(f), tokens[i], static_cast<int32_t>(i));
   });
-  for_items(x_items, [&](const Item& item, const Item*) {
-    call.shrink(item, call.experts[item.task].of_x[item.shrink]);
-  });
+  for_items(x_items,
+            [&](const Item& item, const Item*) { call.shrink(item, call.shrinks[item.shrink]); });
   for_items(gate_up_items, [&](const Item& item, const Item* next) { call.gate_up(item, next); });
-  for_items(a_items, [&](const Item& item, const Item*) {
-    call.shrink(item, call.experts[item.task].of_a[item.shrink]);
-  });
+  for_items(a_items,
+            [&](const Item& item, const Item*) { call.shrink(item, call.shrinks[item.shrink]); });
   for_items(down_items, [&](const Item& item, const Item* next) { call.down(item, next); });
 }
 
