@@ -7,6 +7,10 @@
     gate, up  [I, H], down [H, I]: at 2, 3, 4, 8 bits or exact, in pages (csrc/ladder/layout.h)
     pair_out  [num_pairs, H] float32, not yet times the router's weight; `combine_pairs` sums it over K
 
+A matrix may be a sum (csrc/cpu/expert_ffn.h): of several code sets, each multiplied with x rounded as
+its own level demands, and of low-rank deltas U V, computed as t = V x, then U t. A mean vector is added
+to `down @ a + b_down`; an expert may be nothing but its mean.
+
 Bytes moved: `expert_ffn_bytes`, each chosen expert's planes once, whatever the number of its rows up
 to 8 (from cache beyond). Runs in the threads of comoe_kernels.threads, returns when done, releases the
 GIL. A row's result depends neither on the other rows nor on the number of threads.
@@ -15,9 +19,9 @@ Rounding. Levels 2, 3, 4: activations (x, and a) as int8 with one scale per 32 c
 15-bit integers with one scale per 128; products are summed exactly in int32 per scale, then in
 float32. Exact bfloat16 weights and x: bfloat16 products, float32 sums, a rounded to bfloat16 (where
 the CPU has no such instruction: all in float32). Other exact weights: all in float32; codes are
-decoded to the type of x first. Where x has
-16 bits, the results of each product and activation of exact experts are rounded to its dtype, as
-transformers' own experts do, so that greedy decoding seldom falls on another side of a near tie.
+decoded to the type of x first. Where x has 16 bits, the results of each product and activation of exact
+experts are rounded to its dtype, as transformers' own experts do, so that greedy decoding seldom falls
+on another side of a near tie.
 """
 
 from __future__ import annotations

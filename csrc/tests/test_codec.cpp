@@ -79,7 +79,7 @@ std::vector<uint8_t> draw(int64_t count, DType dtype, std::mt19937& random) {
 }
 
 Expert make(const ExpertGeometry& g, unsigned seed) {
-  Expert e{g, {}, {}};
+  Expert e{g, {}, {}, {}};
   std::mt19937 random(seed);
   for (int m = 0; m < g.num_matrices(); ++m) {
     const MatrixGeometry shape = g.matrix(m);
