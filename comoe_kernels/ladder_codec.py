@@ -44,7 +44,7 @@ FP32, BF16, FP16 = range(3)
 
 _BLOCK_BYTES = (128, 64, 64, 256)  # of records 0..3, one 16 x 32 block
 _PARAMS_BYTES = 32
-_HEADER = np.dtype(
+HEADER = np.dtype(
     [
         ("log2_min", "<f4"),
         ("log2_step", "<f4"),
@@ -89,7 +89,7 @@ class Shape:
         return -(-rows // BLOCK_ROWS), -(-cols // BLOCK_COLS), -(-cols // GROUP_COLS)
 
     def bias_offset(self, m: int) -> int:
-        return len(self.matrices) * _HEADER.itemsize + sum(
+        return len(self.matrices) * HEADER.itemsize + sum(
             _up(rows * 4, 64) for rows, _ in self.matrices[:m]
         )
 
@@ -182,7 +182,7 @@ def decode_ref(shape: Shape, payloads: Sequence[np.ndarray], level: int, m: int)
             )
         return np.ascontiguousarray(_untile(whole, rows, cols))
 
-    header = payloads[0][m * _HEADER.itemsize : (m + 1) * _HEADER.itemsize].view(_HEADER)[0]
+    header = payloads[0][m * HEADER.itemsize : (m + 1) * HEADER.itemsize].view(HEADER)[0]
     at = shape.params_offset(m)
     params = payloads[0][at : at + tiles * groups * _PARAMS_BYTES].reshape(
         tiles, groups, 2, BLOCK_ROWS
