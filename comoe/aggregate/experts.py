@@ -35,6 +35,11 @@ def intermediate(x: torch.Tensor, expert: Expert, spec: ExpertsSpec) -> torch.Te
     """What the down projection reads: x [S, H] -> [S, I], float32."""
     biases = expert.biases or (None,) * len(expert.matrices)
     parts = [F.linear(x, w, b) for w, b in zip(expert.matrices[:-1], biases[:-1], strict=True)]
+    return activate(parts, spec)
+
+
+def activate(parts: Sequence[torch.Tensor], spec: ExpertsSpec) -> torch.Tensor:
+    """[gate and] up projections, [S, I] each, through the activation: [S, I]."""
     if spec.activation is None:
         return spec.apply_gate(torch.cat(parts, dim=-1))
     gate = parts[0] if spec.gated else None
