@@ -18,6 +18,37 @@ LEVEL_NAMES = ("2-bit", "3-bit", "4-bit", "8-bit", "exact")
 LEVEL_MASKS = (0b00001, 0b00011, 0b00111, 0b01111, 0b10000)
 
 
+@dataclass(frozen=True)
+class Levels:
+    """What an expert of a store may be, from coarsest to finest; the last is `exact`.
+
+    masks: bit r of masks[l] is set if level l needs record r. An expert has a level if it has all
+    of the level's records.
+    """
+
+    names: tuple[str, ...]
+    masks: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.masks)
+
+    @property
+    def exact(self) -> int:
+        return len(self.masks) - 1
+
+    def describe(self, level: int) -> str:
+        name = self.names[level]
+        return f"{name}-bit" if name.isdigit() else name
+
+    def needs(self, num_records: int) -> np.ndarray:
+        """bool [levels, num_records]: the masks as a table."""
+        masks = np.array(self.masks, np.uint64)[:, None]
+        return (masks >> np.arange(num_records, dtype=np.uint64) & np.uint64(1)).astype(bool)
+
+
+LADDER = Levels(("2", "3", "4", "8", "exact"), LEVEL_MASKS)  # what packing alone gives
+
+
 class BudgetError(ValueError):
     """A memory budget that cannot be met; the message says what the least is."""
 
