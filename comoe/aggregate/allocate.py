@@ -40,7 +40,7 @@ class Losses:
     """Tables over all experts of all layers in order, X of them, and L levels from coarse to fine.
 
     loss: float64 [X, L] nats per token, nan where there is no such level.  own: int64 [X, L] bytes of its
-    own; shared: int64 [X, L] index into shared_bytes, or -1.  error: float64 [X, L] gated error.
+    own; shared: int64 [X, L, M] indices into shared_bytes, or -1.  error: float64 [X, L] gated error.
     energy, use: float64 [X].  floor: int64 [X].  full_bytes: bf16 bytes of all routed experts.
     """
 
@@ -83,7 +83,7 @@ class Losses:
             self.own[None].astype(float),
             np.array([fraction * self.full_bytes]),
             ("expert bytes",),
-            shared=self.shared[..., None],
+            shared=self.shared,
             shared_cost=self.shared_bytes[None].astype(float),
         )
         return solve(problem, start)
@@ -102,9 +102,7 @@ class Losses:
         return found
 
 
-def measure_errors(
-    statistics: LayerStatistics, menu: LayerMenu
-) -> tuple[np.ndarray, np.ndarray]:
+def measure_errors(statistics: LayerStatistics, menu: LayerMenu) -> tuple[np.ndarray, np.ndarray]:
     """Gated error of every rung, float64 [E, L] (nan: no such rung), and the energy [E]."""
     num_experts = statistics.spec.num_experts
     error = np.full((num_experts, len(menu.rungs)), np.nan)
@@ -160,20 +158,18 @@ def losses_of(
     parts: dict[str, list] = {k: [] for k in ("layer", "loss", "own", "shared", "error")}
     shared_bytes: list[np.ndarray] = []
     base = 0
-    for menu, stats, (error, energy), sensitivity in zip(
-        menus, statistics, errors, sensitivities, strict=True
-    ):
+    for menu, (error, energy), sensitivity in zip(menus, errors, sensitivities, strict=True):
         error = error[:, order]
         relative = error / np.maximum(energy, 1e-30)[:, None]
         parts["layer"].append(np.full(len(error), menu.layer))
         parts["error"].append(error)
         parts["loss"].append(np.where(error == 0, 0.0, error * sensitivity.at(relative)))
         parts["own"].append(np.stack([menu.rungs[i].own for i in order], 1))
-        shared = np.full(error.shape, -1)
+        shared = np.full((*error.shape, 1), -1)
         for column, i in enumerate(order):
             rung = menu.rungs[i]
             if rung.shared is not None:
-                shared[:, column] = np.where(rung.shared >= 0, base + rung.shared, -1)
+                shared[:, column, 0] = np.where(rung.shared >= 0, base + rung.shared, -1)
                 shared_bytes.append(rung.shared_bytes)
                 base += len(rung.shared_bytes)
         parts["shared"].append(shared)

@@ -6,7 +6,6 @@ one list of levels (name, record mask) serves the whole store:
     Packed        2, 3, 4, 8: the planes that packing wrote                       no new records
     Rounded(b)    2c, 3c, 4c: codes chosen with second moments of the inputs      planes of b bits
     Merged(n, b)  E/n groups, each one expert for all its members, in b bits      planes, shared
-    Shared(n, b)  a base for n members in 2 bits and a residual of b bits each    planes, shared; planes
     Mean          a vector: the expert's mean output                              one record
 
 A coded set is made for the error of the output (comoe/aggregate/rounding.py), of exact experts and of
@@ -28,23 +27,13 @@ from comoe.aggregate.experts import Expert, ExpertWeights
 from comoe.aggregate.judge import Approximation
 from comoe.aggregate.rounding import round_matrices, shape_of
 from comoe.aggregate.statistics import LayerStatistics
+from comoe.store import AddedRecord
 from comoe.store import format as fmt
-from comoe_kernels.ladder_codec import LEVEL_BITS
+from comoe_kernels.ladder_codec import LEVEL_BITS, encode_mean
 from comoe_kernels.unpack import paged_expert, unpack, unpack_bias
 
 FIRST_ADDED = fmt.NUM_RECORDS
 PLANES = {2: (2,), 3: (2, 1), 4: (2, 1, 1), 8: (2, 1, 1, 4)}  # bits of the records of a set
-
-
-@dataclass
-class AddedPayload:
-    """One record to add to an expert, in the words of the store's record table."""
-
-    kind: int
-    bits: int
-    parent: int  # place of the record that it adds to, or -1
-    payload: np.ndarray
-    shared_id: int = -1
 
 
 @dataclass
@@ -69,7 +58,7 @@ class LayerMenu:
 
     layer: int
     rungs: list[Rung] = field(default_factory=list)
-    records: list[list[AddedPayload | None]] = field(default_factory=list)
+    records: list[list[AddedRecord | None]] = field(default_factory=list)
 
     def rung(self, name: str) -> Rung:
         return next(rung for rung in self.rungs if rung.name == name)
@@ -169,13 +158,19 @@ def coded_set(
 
 
 def _place(
-    records: list[AddedPayload | None], at: int, found: CodedSet, bits: int, shared_id: int = -1
+    menu: LayerMenu, expert: int, at: int, found: CodedSet, bits: int, group: int = -1
 ) -> None:
-    """Writes a set's records to places `at`, `at` + 1, ..."""
-    kind = fmt.PLANE if shared_id < 0 else fmt.SHARED_BASE
+    """Writes a set's records to places `at`, `at` + 1, ... of an expert; those of a group are shared."""
     for i, (payload, add) in enumerate(zip(found.payloads, PLANES[bits], strict=True)):
-        parent = at + i - 1 if i else -1
-        records[at + i - FIRST_ADDED] = AddedPayload(kind, add, parent, payload, shared_id)
+        # One number for each place and group: every record of a shared set is one record.
+        shared_id = -1 if group < 0 else (at + i) * len(menu.records) + group
+        menu.records[expert][at + i - FIRST_ADDED] = AddedRecord(
+            fmt.PLANE if group < 0 else fmt.SHARED_BASE,
+            add,
+            parent=at + i - 1 if i else -1,
+            shared_id=shared_id,
+            payload=payload,
+        )
 
 
 def _mask(first: int, count: int) -> int:
@@ -201,7 +196,7 @@ class Rounded:
         for expert in range(statistics.spec.num_experts):
             exact = statistics.weights.expert(statistics.layer_idx, expert)
             found.append(coded_set(exact, statistics.second_moments(expert), self.bits))
-            _place(menu.records[expert], first, found[-1], self.bits)
+            _place(menu, expert, first, found[-1], self.bits)
         own = np.array([f.nbytes for f in found], np.int64)
         mask = _mask(first, self.places)
         menu.rungs.append(Rung(self.name, mask, own, lambda e: found[e].expert))
@@ -215,9 +210,9 @@ class Mean:
     def add(self, menu: LayerMenu, statistics: LayerStatistics, first: int) -> None:
         vectors = [statistics.mean_output(e) for e in range(statistics.spec.num_experts)]
         for expert, vector in enumerate(vectors):
-            payload = np.frombuffer(vector.float().numpy().tobytes(), np.uint8)
-            menu.records[expert][first - FIRST_ADDED] = AddedPayload(fmt.MEAN, 0, -1, payload)
-        own = np.array([4 * len(v) for v in vectors], np.int64)
+            payload = encode_mean(vector.numpy())
+            menu.records[expert][first - FIRST_ADDED] = AddedRecord(fmt.MEAN, payload=payload)
+        own = np.full(len(vectors), len(payload))
         menu.rungs.append(Rung("mean", 1 << first, own, lambda e: vectors[e]))
 
 
@@ -257,7 +252,7 @@ class Merged:
             moments = group_moments(statistics, group)
             sets.append(coded_set(merge.experts[number], moments, self.bits))
             for expert in group:
-                _place(menu.records[expert], first, sets[-1], self.bits, shared_id=number)
+                _place(menu, expert, first, sets[-1], self.bits, group=number)
         groups = np.asarray(merge.groups)
         menu.rungs.append(
             Rung(
