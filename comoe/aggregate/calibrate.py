@@ -205,14 +205,17 @@ class _LayerWriter:
         self.rows, self.k = 0, 0
         folder.mkdir()
         names = [name for name in DTYPES if name != "logits" or logits is not None]
-        self.files = {name: open(folder / f"{name}.bin", "wb") for name in names}
+        with contextlib.ExitStack() as stack:
+            self.files = {
+                name: stack.enter_context(open(folder / f"{name}.bin", "wb")) for name in names
+            }
+            self._close = stack.pop_all().close
 
     def __enter__(self) -> _LayerWriter:
         return self
 
     def __exit__(self, *error: object) -> None:
-        for file in self.files.values():
-            file.close()
+        self._close()
 
     def add(
         self, hidden: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, batch: Batch

@@ -9,6 +9,8 @@ replacement, and sums over them are scaled up.
 from __future__ import annotations
 
 import functools
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +21,9 @@ from comoe.aggregate.errors import AggregateError
 from comoe.aggregate.experts import Expert, ExpertWeights, expert_forward, intermediate
 
 LIMIT = 1024  # rows of an expert, calibration and held-out each
+SAMPLE_ROWS = 1024  # of a layer, on which all experts are compared
+SAMPLE_BYTES = 256_000_000  # of their outputs
+PEAK_ROWS = 64  # inputs of largest magnitude, looked at for super experts beside the sampled ones
 PROXY_ROWS = 64  # for an expert that no token chose
 UNSEEN_USES = 0.5  # how often such an expert is taken to be used in T tokens (a rule of succession)
 
@@ -72,7 +77,7 @@ class LayerStatistics:
         gates = self.record.weights[rows].reshape(-1)
         generator = torch.Generator().manual_seed(self._seed)
         found = []
-        for begin, end in zip(bounds, bounds[1:], strict=False):
+        for begin, end in itertools.pairwise(bounds):
             pairs, uses = order[begin:end], end - begin
             if uses > self.limit:
                 chosen = torch.randperm(uses, generator=generator)[: self.limit]
@@ -105,6 +110,29 @@ class LayerStatistics:
     def use(self) -> np.ndarray:
         """float64 [E]: probability that a token of the text uses the expert."""
         return self.counts.sum(0) / self.calibration.num_tokens
+
+    @functools.cached_property
+    def gate_moments(self) -> np.ndarray:
+        """float64 [E, E]: mean over calibration tokens of g_i g_j, 0 where a token does not use an expert.
+        From rows that carry one expert each (see calibration.py) only the diagonal is known."""
+        return self._pairs(self.record.weights.double()) / self.tokens_fitted
+
+    @functools.cached_property
+    def co_activation(self) -> np.ndarray:
+        """int64 [E, E]: calibration tokens that use both experts; on the diagonal, that use one."""
+        used = torch.ones(self.record.experts.shape, dtype=torch.float64)
+        return self._pairs(used).round().astype(np.int64)
+
+    def _pairs(self, values: torch.Tensor) -> np.ndarray:
+        num, total = self.spec.num_experts, 0
+        kept = (~self.record.held_out).nonzero()[:, 0]
+        for rows in kept.split(8192):
+            # Column E takes what is no expert.
+            dense = torch.zeros(len(rows), num + 1, dtype=torch.float64)
+            index = self.record.experts[rows].long()
+            dense.scatter_add_(1, torch.where(index < 0, num, index), values[rows])
+            total = total + dense[:, :num].T @ dense[:, :num]
+        return total.numpy() if len(kept) else np.zeros((num, num))
 
     # ---- inputs ---------------------------------------------------------------------------------
 
@@ -174,14 +202,100 @@ class LayerStatistics:
         """Mean over tokens of g^2 ||f(x)||^2: the error of leaving the expert out."""
         return self.gated_error(expert, torch.zeros(self.spec.hidden))
 
+    def mean_output(self, expert: int) -> torch.Tensor:
+        """float32 [H]: mean of f(x) over calibration rows, weighted by g^2, which is the constant of least
+        gated error. As in MoNE (arXiv 2507.00390), where a pruned expert becomes its mean output."""
+        routed = self.routed(expert, held_out=False)
+        rows, gate = routed.rows, routed.gate.square()
+        if not len(rows) or not gate.any():
+            rows = self.proxy_rows()
+            gate = torch.ones(len(rows))
+        out = self._forward(expert, rows)
+        return (gate[:, None] * out).sum(0) / gate.sum()
+
+    def _forward(self, expert: int, rows: torch.Tensor) -> torch.Tensor:
+        weights = self.weights.expert(self.layer_idx, expert)
+        return expert_forward(self.record.inputs[rows].float(), weights, self.spec)
+
+    # ---- importance -----------------------------------------------------------------------------
+
+    @functools.cached_property
+    def saliency(self) -> np.ndarray:
+        """float64 [E]: mean of g ||f(x)|| over the tokens that use the expert, as in REAP; 0 if none does."""
+        return self._importance[0]
+
+    @functools.cached_property
+    def peaks(self) -> np.ndarray:
+        """float64 [E]: largest magnitude in the expert's output; see `super_experts`."""
+        return self._importance[1]
+
+    @functools.cached_property
+    def _importance(self) -> tuple[np.ndarray, np.ndarray]:
+        saliency, peaks = np.zeros((2, self.spec.num_experts))
+        extreme = self._extreme_rows()
+        for expert in range(self.spec.num_experts):
+            routed = self.routed(expert, held_out=False)
+            used = (self.record.experts[extreme] == expert).any(1)
+            rows = torch.cat([routed.rows, extreme[used]])
+            if not len(rows):
+                continue
+            out = self._forward(expert, rows)
+            peaks[expert] = float(out.abs().max())
+            if len(routed.rows):
+                norms = out[: len(routed.rows)].norm(dim=-1)
+                saliency[expert] = float((routed.gate * norms).mean())
+        return saliency, peaks
+
+    def _extreme_rows(self) -> torch.Tensor:
+        """Calibration rows with the largest inputs, and each sequence's first token: super experts answer to
+        such tokens, which a sample would miss."""
+        fitted = (~self.record.held_out).nonzero()[:, 0]
+        size = torch.cat([self.record.inputs[r].float().abs().amax(1) for r in fitted.split(8192)])
+        rows = fitted[size.topk(min(PEAK_ROWS, len(fitted))).indices]
+        sequence = torch.from_numpy(self.calibration.sequence)
+        if len(sequence) == len(self.record.held_out):
+            first = torch.cat([torch.ones(1, dtype=torch.bool), sequence.diff() != 0])
+            rows = torch.cat([rows, (first & ~self.record.held_out).nonzero()[:, 0]])
+        return rows.unique()
+
+    # ---- comparing experts ----------------------------------------------------------------------
+
+    @functools.cached_property
+    def sample(self) -> torch.Tensor:
+        """int64 [S]: calibration rows on which experts are compared, whoever they were routed to."""
+        fitted = (~self.record.held_out).nonzero()[:, 0]
+        per_row = 4 * self.spec.num_experts * self.spec.hidden
+        count = max(1, min(len(fitted), SAMPLE_ROWS, SAMPLE_BYTES // per_row))
+        generator = torch.Generator().manual_seed(self._seed)
+        return fitted[torch.randperm(len(fitted), generator=generator)[:count].sort().values]
+
+    def outputs(self) -> torch.Tensor:
+        """float32 [E, S, H]: what every expert gives on `sample`; at most SAMPLE_BYTES, not kept."""
+        experts = range(self.spec.num_experts)
+        return torch.stack([self._forward(e, self.sample) for e in experts])
+
+    def sample_gates(self) -> torch.Tensor:
+        """float32 [S, E]: gates of the experts on `sample`, 0 where a token does not use one."""
+        num = self.spec.num_experts
+        index = self.record.experts[self.sample].long()
+        dense = torch.zeros(len(self.sample), num + 1)
+        dense.scatter_add_(1, torch.where(index < 0, num, index), self.record.weights[self.sample])
+        return dense[:, :num]
+
     # ---- second moments -------------------------------------------------------------------------
 
     def second_moments(
-        self, expert: int, *, gated: bool = True, damp: float = 0.01
+        self,
+        expert: int,
+        weights: Expert | None = None,
+        *,
+        gated: bool = True,
+        damp: float = 0.01,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(of the expert's inputs [H, H], of what its down projection reads [I, I]), float32: mean over its
         calibration rows of g^2 x x^T (g = 1 unless `gated`), plus `damp` times the mean of the diagonal.
 
+        weights: of the expert, where they are not the store's own (neurons in another order, a base).
         An expert without calibration rows gets those of `proxy_rows`.
         """
         routed = self.routed(expert, held_out=False)
@@ -190,7 +304,9 @@ class LayerStatistics:
             rows = self.proxy_rows()
             gate = torch.ones(len(rows))
         x = self.record.inputs[rows].float()
-        a = intermediate(x, self.weights.expert(self.layer_idx, expert), self.spec)
+        if weights is None:
+            weights = self.weights.expert(self.layer_idx, expert)
+        a = intermediate(x, weights, self.spec)
         if gated:
             x, a = x * gate[:, None], a * gate[:, None]
         return _moment(x, damp), _moment(a, damp)
@@ -202,6 +318,26 @@ def _moment(x: torch.Tensor, damp: float) -> torch.Tensor:
     mean = float(found.diagonal().mean()) or 1.0
     found.diagonal().add_(damp * mean)
     return found
+
+
+SUPER_PERCENTILE, SUPER_SHARE, SUPER_TIMES = 99.5, 0.1, 8.0
+
+
+def super_experts(peaks: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """bool [E] per layer: experts without which the model breaks, and which are never to be taken below 8 bits.
+
+    peaks: LayerStatistics.peaks of every layer. The criterion is that of "Unveiling Super Experts in MoE
+    LLMs" (arXiv 2507.23279): the largest magnitude that a down projection puts out is above the 99.5th
+    percentile of all experts and above a tenth of the largest. Some expert always is, so ours must also be
+    8 times the median, which in a model without such experts none is.
+    """
+    every = np.concatenate(list(peaks))
+    least = max(
+        np.percentile(every, SUPER_PERCENTILE),
+        SUPER_SHARE * every.max(),
+        SUPER_TIMES * np.median(every[every > 0]) if (every > 0).any() else np.inf,
+    )
+    return [layer >= least for layer in peaks]
 
 
 def data_free_error(exact: Expert, approximation: Expert) -> float:
