@@ -70,7 +70,7 @@ class Judge:
     ) -> None:
         self.model, self.weights = model, weights
         self.ids, self.windows = list(ids), list(windows)
-        self._kept = tempfile.TemporaryFile(prefix="comoe-judge-")
+        self._kept = tempfile.TemporaryFile(prefix="comoe-judge-")  # noqa: SIM115 (see close)
         self._exact = score(model, self.ids, self.windows, keep=self._kept)
         self.trials = 0
 
