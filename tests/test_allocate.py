@@ -9,12 +9,12 @@ import pytest
 import torch
 
 import comoe
-from comoe.aggregate.allocate import Losses, Sensitivity
+from comoe.aggregate.allocate import Losses, interpolated
 from comoe.aggregate.build import Workshop, aggregate
 from comoe.aggregate.candidates import Mean, Merged, Packed, Rounded, layer_menu
 from comoe.aggregate.experts import Expert
 from comoe.aggregate.stored import StoredRungs, level_sizes
-from comoe.aggregate.sweep import Sweep, plot_rows, run_sweep
+from comoe.aggregate.sweep import Sweep, plot_rows, price_of_change, run_sweep
 from comoe.policy.solver import InfeasibleError
 from comoe.store import Store
 
@@ -59,7 +59,7 @@ def aggregated(packed):
     report = aggregate(
         folder, sources=SOURCES, progress=lambda stage, done, total: stages.append(stage)
     )
-    assert {"sensitivities", "candidates", "validating"} <= set(stages)
+    assert {"layers", "validating"} <= set(stages)
     return folder, report
 
 
@@ -95,7 +95,7 @@ def _same(found, expected) -> None:
 
 def test_losses_and_curve_are_in_order(aggregated):
     folder, report = aggregated
-    losses = Store.open(folder).losses
+    losses = Store.open(folder).losses()
     assert (losses["loss"][:, -1] == 0).all()
     assert (losses["loss"][np.isfinite(losses["loss"])] >= 0).all()
     by_name = dict(zip(report.levels, np.nanmean(losses["loss"], axis=0), strict=True))
@@ -139,6 +139,12 @@ def test_the_sweep_gives_every_method_the_same_bytes(aggregated, tmp_path):
             assert row["expert_bytes"] <= row["fraction"] * sweep.full_bytes
             assert row["kl"] >= -1e-6
         assert {"allocator", "plain bits", "hc-smoe", "m-smoe"} <= {row["method"] for row in rows}
+        prices = {row["method"]: row for row in price_of_change(sweep, 1e6, more=0.5, less=0.25)}
+        # Planes nest: going down reads nothing, going up only what is missing.
+        plain = prices["plain bits"]
+        assert plain["bytes_down"] == 0
+        assert plain["bytes_up"] == plain["expert_bytes_from"] - plain["expert_bytes_to"]
+        assert prices["hc-smoe"]["bytes_up"] == prices["hc-smoe"]["expert_bytes_from"]
         with pytest.raises(ValueError, match="unknown methods"):
             run_sweep(sweep, judge, methods=["magic"])
     plot_rows(rows, tmp_path / "sweep.png")
@@ -193,11 +199,16 @@ def test_the_curve_never_gets_worse_with_more_bytes():
     assert (np.diff([solution.loss for _, solution in points]) <= 0).all()
 
 
-def test_sensitivity_is_interpolated_and_kept_at_its_ends():
-    found = Sensitivity(np.array([0.01, 0.1]), np.array([2.0, 8.0]))
-    assert found.at(np.array([1e-9, 0.01, np.sqrt(0.001), 0.1, 5.0])) == pytest.approx(
-        [2, 2, 4, 8, 8]
+def test_sensitivities_that_were_not_measured_come_from_their_kind():
+    slope = np.array([np.nan, 8.0, np.nan, 2.0, np.nan, 100.0])
+    relative = np.array([0.5, 0.1, np.sqrt(0.001), 0.01, 1e-6, 0.3])
+    kinds = ["coded"] * 5 + ["merged"]
+    found = interpolated(slope, relative, kinds)
+    assert found == pytest.approx([8, 8, 4, 2, 2, 100])
+    assert interpolated(slope[[5, 0]], relative[[5, 0]], ["merged", "coded"]) == pytest.approx(
+        [100, 100]
     )
+    assert (interpolated(np.full(2, np.nan), relative[:2], kinds[:2]) == 1).all()
 
 
 def test_a_calibration_without_held_out_text_is_refused(packed):

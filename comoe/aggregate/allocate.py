@@ -1,10 +1,12 @@
 """From rungs to a plan: the loss of every rung of every expert in nats, and the best choice for a size.
 
-    loss[e, level] = gated error of the level * sensitivity of the layer at an error of that size
+    loss[e, level] = gated error of the expert at the level * sensitivity of its layer to that level
 
-The gated error is the mean over held-out tokens of g^2 ||f(x) - f'(x)||^2. The sensitivity, KL per unit of
-it, is measured with all experts of one layer at 2 and at 4 bits and everything else exact, and is
-interpolated in the logarithm of the relative error.
+The gated error is the mean over held-out tokens of g^2 ||f(x) - f'(x)||^2. The sensitivity is KL per unit
+of it, measured on the same tokens with all experts of the layer at the level and everything else exact.
+Kinds of rungs differ: what merging does to an output is not noise, and costs more per unit. Levels that
+are not tried (finer ones, whose KL drowns in rounding, and the packer's own codes) take the sensitivity
+of those of their kind, interpolated in the logarithm of the error.
 """
 
 from __future__ import annotations
@@ -14,25 +16,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from comoe.aggregate.candidates import LayerMenu, Packed, layer_menu
+from comoe.aggregate.candidates import LayerMenu
 from comoe.aggregate.judge import Judge, Verdict
 from comoe.aggregate.statistics import LayerStatistics
 from comoe.policy.solver import InfeasibleError, Problem, Solution, solve
 
-PROBES = ("2", "4")  # rungs whose damage is measured for each layer
+FALLBACK = ("2", "4")  # tried where no coded rung asks to be
+LEAST_PROBED = 3e-3  # relative error; below it the KL is that of float32 against bfloat16
 FLOOR = "8"  # super experts never go below
-
-
-@dataclass(frozen=True)
-class Sensitivity:
-    """KL per unit of a layer's gated error, at some relative errors (ascending)."""
-
-    relative: np.ndarray  # [n]
-    kl_per_error: np.ndarray  # [n]
-
-    def at(self, relative: np.ndarray) -> np.ndarray:
-        x = np.log(np.maximum(relative, 1e-12))
-        return np.exp(np.interp(x, np.log(self.relative), np.log(self.kl_per_error)))
 
 
 @dataclass(frozen=True)
@@ -119,33 +110,58 @@ def measure_errors(statistics: LayerStatistics, menu: LayerMenu) -> tuple[np.nda
     return error, energy
 
 
-def measure_sensitivities(
-    judge: Judge, layers: Sequence[LayerStatistics], on_trial: Callable[[], None] = lambda: None
-) -> list[Sensitivity]:
-    """KL per unit of gated error of every layer, from PROBES of what packing wrote."""
-    found = []
-    for statistics in layers:
-        menu = layer_menu(statistics, [Packed()])
-        points = []
-        energy = sum(statistics.gated_energy(e) for e in range(statistics.spec.num_experts))
-        for name in PROBES:
-            stand_in = menu.rung(name).stand_in
-            experts = [stand_in(e) for e in range(statistics.spec.num_experts)]
-            error = sum(statistics.gated_error(e, x) for e, x in enumerate(experts))
-            verdict = judge.measure({statistics.layer_idx: experts.__getitem__})
-            points.append((error / max(energy, 1e-30), max(verdict.kl, 1e-12) / max(error, 1e-30)))
-            on_trial()
-        points.sort()
-        relative, slope = np.array(points).T
-        found.append(Sensitivity(relative, slope))
-    return found
+def probed(menu: LayerMenu, relative: np.ndarray) -> list[int]:
+    """Rungs to try in the whole model; relative: error / energy of each, over all experts."""
+    wanted = [rung.probe for rung in menu.rungs]
+    if not any(w for w, rung in zip(wanted, menu.rungs, strict=True) if rung.kind == "coded"):
+        wanted = [rung.probe or rung.name in FALLBACK for rung in menu.rungs]
+    return [i for i, want in enumerate(wanted) if want and relative[i] >= LEAST_PROBED]
+
+
+def measure_sensitivity(
+    judge: Judge,
+    menu: LayerMenu,
+    error: np.ndarray,
+    energy: np.ndarray,
+    on_trial: Callable[[], None] = lambda: None,
+) -> np.ndarray:
+    """KL per unit of gated error of each rung of a layer, float64 [L]."""
+    total = np.nansum(error, axis=0)
+    relative = total / max(float(energy.sum()), 1e-30)
+    tried = probed(menu, relative)
+    slope = np.full(len(menu.rungs), np.nan)
+    for i in tried:
+        rung = menu.rungs[i]
+        # An expert that lacks the rung stays exact; its error is not in the sum either.
+        stand_ins = [rung.stand_in(e) if own >= 0 else None for e, own in enumerate(rung.own)]
+        verdict = judge.measure({menu.layer: stand_ins.__getitem__})
+        slope[i] = max(verdict.kl, 1e-12) / max(total[i], 1e-30)
+        on_trial()
+    return interpolated(slope, relative, [rung.kind for rung in menu.rungs])
+
+
+def interpolated(slope: np.ndarray, relative: np.ndarray, kinds: Sequence[str]) -> np.ndarray:
+    """slope [L] with its nans filled: from the rungs of the same kind, or from all where none was tried.
+
+    Where none at all could be, which is a layer that does nothing, 1: its errors are 0 anyway.
+    """
+    known, filled = np.isfinite(slope), slope.copy()
+    if not known.any():
+        return np.ones_like(slope)
+    for i in np.flatnonzero(~known):
+        same = known & np.array([kind == kinds[i] for kind in kinds])
+        points = np.flatnonzero(same if same.any() else known)
+        points = points[np.argsort(relative[points])]
+        at = np.log(max(relative[i], 1e-12))
+        filled[i] = np.exp(np.interp(at, np.log(relative[points]), np.log(slope[points])))
+    return filled
 
 
 def losses_of(
     menus: Sequence[LayerMenu],
     statistics: Sequence[LayerStatistics],
     errors: Sequence[tuple[np.ndarray, np.ndarray]],
-    sensitivities: Sequence[Sensitivity],
+    sensitivities: Sequence[np.ndarray],
     super_experts: Sequence[np.ndarray],
     full_bytes: int,
 ) -> Losses:
@@ -158,12 +174,11 @@ def losses_of(
     parts: dict[str, list] = {k: [] for k in ("layer", "loss", "own", "shared", "error")}
     shared_bytes: list[np.ndarray] = []
     base = 0
-    for menu, (error, energy), sensitivity in zip(menus, errors, sensitivities, strict=True):
+    for menu, (error, _), sensitivity in zip(menus, errors, sensitivities, strict=True):
         error = error[:, order]
-        relative = error / np.maximum(energy, 1e-30)[:, None]
         parts["layer"].append(np.full(len(error), menu.layer))
         parts["error"].append(error)
-        parts["loss"].append(np.where(error == 0, 0.0, error * sensitivity.at(relative)))
+        parts["loss"].append(error * sensitivity[order])
         parts["own"].append(np.stack([menu.rungs[i].own for i in order], 1))
         shared = np.full((*error.shape, 1), -1)
         for column, i in enumerate(order):

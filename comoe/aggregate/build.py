@@ -25,7 +25,7 @@ from comoe.aggregate.allocate import (
     judge_choice,
     losses_of,
     measure_errors,
-    measure_sensitivities,
+    measure_sensitivity,
 )
 from comoe.aggregate.calibrate import Text, calibrate
 from comoe.aggregate.calibration import Calibration
@@ -145,21 +145,14 @@ def aggregate(
     with Workshop(dst, memory=memory) as shop:
         report.tokens = shop.calibration.num_tokens
         with shop.judge() as judge:
-            done = 0
-
-            def on_trial() -> None:
-                nonlocal done
-                done += 1
-                progress("sensitivities", done, 2 * len(shop.statistics))
-
-            sensitivities = measure_sensitivities(judge, shop.statistics, on_trial)
-            clock.note(report, "sensitivities")
             partial = dst / "experts.partial"
             shutil.rmtree(partial, ignore_errors=True)
             try:
                 writer = StoreWriter(partial)
-                menus, errors = _layers(shop, writer, sources, validate, progress)
-                clock.note(report, "candidates")
+                menus, errors, sensitivities = _layers(
+                    shop, judge, writer, sources, validate, progress
+                )
+                clock.note(report, "layers")
                 losses = losses_of(
                     menus,
                     shop.statistics,
@@ -197,16 +190,22 @@ class _Clock:
 
 
 def _layers(
-    shop: Workshop, writer: StoreWriter, sources: Sequence[Source], keep: bool, progress: Progress
-) -> tuple[list[LayerMenu], list[tuple[np.ndarray, np.ndarray]]]:
+    shop: Workshop,
+    judge: Judge,
+    writer: StoreWriter,
+    sources: Sequence[Source],
+    keep: bool,
+    progress: Progress,
+) -> tuple[list[LayerMenu], list[tuple[np.ndarray, np.ndarray]], list[np.ndarray]]:
     """Makes, measures and writes the rungs of one layer after the other."""
     store, total = shop.weights.store, len(shop.statistics)
-    menus, errors = [], []
+    menus, errors, sensitivities = [], [], []
     for statistics in shop.statistics:
         layer = statistics.layer_idx
-        progress("candidates", layer, total)
+        progress("layers", layer, total)
         menu = layer_menu(statistics, sources)
         errors.append(measure_errors(statistics, menu))
+        sensitivities.append(measure_sensitivity(judge, menu, *errors[-1]))
         info = store.layers[layer]
         writer.add_layer(
             info.name,
@@ -222,8 +221,8 @@ def _layers(
             for rung in menu.rungs:
                 rung.stand_in = _gone
         menus.append(menu)
-    progress("candidates", total, total)
-    return menus, errors
+    progress("layers", total, total)
+    return menus, errors, sensitivities
 
 
 def _gone(expert: int) -> Any:

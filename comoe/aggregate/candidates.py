@@ -41,7 +41,8 @@ class Rung:
     """One level of one layer.
 
     own: int64 [E] bytes of the expert's own records, -1 where it has no such level.  shared: int64 [E],
-    which entry of `shared_bytes` it needs beside them, or -1.
+    which entry of `shared_bytes` it needs beside them, or -1.  kind: rungs of one kind err alike, so one
+    may tell the sensitivity of another.  probe: whether this rung's damage is measured in the whole model.
     """
 
     name: str
@@ -50,6 +51,8 @@ class Rung:
     stand_in: Callable[[int], Approximation]
     shared: np.ndarray | None = None
     shared_bytes: np.ndarray | None = None
+    kind: str = "coded"
+    probe: bool = True
 
 
 @dataclass
@@ -128,6 +131,7 @@ class Packed:
                     (1 << (level + 1)) - 1,
                     own,
                     lambda e, level=level: packed_expert(weights, layer, e, level),
+                    probe=False,
                 )
             )
 
@@ -213,7 +217,7 @@ class Mean:
             payload = encode_mean(vector.numpy())
             menu.records[expert][first - FIRST_ADDED] = AddedRecord(fmt.MEAN, payload=payload)
         own = np.full(len(vectors), len(payload))
-        menu.rungs.append(Rung("mean", 1 << first, own, lambda e: vectors[e]))
+        menu.rungs.append(Rung("mean", 1 << first, own, lambda e: vectors[e], kind="mean"))
 
 
 def group_moments(
@@ -262,5 +266,6 @@ class Merged:
                 lambda e: sets[groups[e]].expert,
                 groups.astype(np.int64),
                 np.array([s.nbytes for s in sets], np.int64),
+                kind="merged",
             )
         )

@@ -33,10 +33,13 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Setting:
-    """What a method makes of the model at some size: layer -> expert -> what stands for it."""
+    """What a method makes of the model at some size: layer -> expert -> what stands for it.
+
+    records: sizes of the records that it needs, by (layer, offset), where it is made of the store's."""
 
     expert_bytes: int
     layers: Mapping[int, Layer]
+    records: Mapping[tuple[int, int], int] | None = None
 
 
 class Sweep:
@@ -47,7 +50,7 @@ class Sweep:
         self.rungs = StoredRungs(shop.weights)
         self.levels = self.rungs.levels.names
         self.own, self.shared, self.shared_bytes = level_sizes(shop.weights)
-        self.losses = shop.weights.store.losses
+        self.losses = shop.weights.store.losses()
         counts = [s.spec.num_experts for s in self.statistics]
         self.layer = np.repeat(np.arange(len(counts)), counts)
         self.use = np.concatenate([s.use for s in self.statistics])
@@ -81,11 +84,15 @@ class Sweep:
         rows = np.arange(len(choice))
         ids = np.unique(self.shared[rows, choice])
         nbytes = int(self.own[rows, choice].sum() + self.shared_bytes[ids[ids >= 0]].sum())
-        layers = {}
-        for layer in range(len(self.statistics)):
+        layers, records = {}, {}
+        for layer, info in enumerate(self.shop.weights.store.layers):
             mine = choice[self.layer == layer].tolist()
             layers[layer] = functools.partial(self._stored, layer, mine)
-        return Setting(nbytes, layers)
+            needs = self.rungs.levels.needs(info.records.shape[1])
+            for expert, level in enumerate(mine):
+                for record in info.records[expert, needs[level]]:
+                    records[layer, int(record["offset"])] = int(record["nbytes"])
+        return Setting(nbytes, layers, records)
 
     def _stored(self, layer: int, levels: list[int], expert: int) -> Approximation:
         return self.rungs.expert(layer, expert, levels[expert])
@@ -260,6 +267,42 @@ class Sweep:
         base, _ = self._base(layer)
         delta = decompose.residual(base.members[expert], base.expert)
         return decompose.added(base.expert, decompose.pruned(delta, kept))
+
+
+def bytes_to_move(before: Setting, after: Setting) -> int:
+    """Bytes to read to go from one setting to another while running. What is not made of the store's
+    records is another set of weights, which has to be made beforehand and read whole."""
+    if before.records is None or after.records is None:
+        return after.expert_bytes
+    return sum(n for key, n in after.records.items() if key not in before.records)
+
+
+def price_of_change(
+    sweep: Sweep, bandwidth: float, *, more: float = 0.3, less: float = 0.2
+) -> list[dict[str, Any]]:
+    """For every method: bytes to read, and seconds at `bandwidth` bytes/s, from `more` to `less` of the
+    bytes and back. Methods that do not have both sizes are left out."""
+    rows = []
+    for name, method in sweep.methods.items():
+        large, small = method(more), method(less)
+        if large is None or small is None:
+            continue
+        down, up = bytes_to_move(large, small), bytes_to_move(small, large)
+        rows.append(
+            {
+                "method": name,
+                "from": more,
+                "to": less,
+                "expert_bytes_from": large.expert_bytes,
+                "expert_bytes_to": small.expert_bytes,
+                "bytes_down": down,
+                "bytes_up": up,
+                "seconds_down": down / bandwidth,
+                "seconds_up": up / bandwidth,
+                "needs_second_set": large.records is None,
+            }
+        )
+    return rows
 
 
 def _of_group(stand_ins: list[Expert], groups: list[int], expert: int) -> Expert:
