@@ -28,7 +28,7 @@ const Candidate kCandidates[] = {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
               __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni") &&
-              __builtin_cpu_supports("avx512bf16");
+              __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("gfni");
      }},
     {&kAvx512Kernels,
      [] {
@@ -121,6 +121,15 @@ struct Position {
   }
 };
 
+// What the RunArgs of a walk point to. One per thread: allocating for each of the short runs of a
+// small H took 5% of the time.
+struct RunBuffers {
+  std::vector<Segment> segments;
+  std::vector<Prefetch> prefetch;
+  std::vector<uint8_t> params;
+};
+thread_local RunBuffers run_buffers;
+
 // Row tiles of one matrix of one expert, from `first_tile` upwards.
 class MatrixWalk {
  public:
@@ -142,8 +151,8 @@ class MatrixWalk {
     params_ = Cursor(expert.records[0], geometry.params_offset(m) + first_tile * params_bytes_);
   }
 
-  // Fills all of `args` but the rows with the next tiles, and moves on. Its pointers hold until the
-  // next call. `then`: what will be read after them, or null.
+  // Fills all of `args` but the rows with the next tiles, and moves on. Its pointers hold until
+  // this thread's next call, of any walk. `then`: what will be read after them, or null.
   void take(int64_t num_tiles, const MatrixWalk* then, RunArgs& args) {
     args.level = level_;
     args.exact_dtype = exact_dtype_;
@@ -152,45 +161,46 @@ class MatrixWalk {
     const int64_t end = num_tiles * args.col_blocks;
 
     // While one chunk is computed the next is fetched; the first was fetched by the run before.
-    prefetch_.clear();
+    auto& [segments, prefetch, params] = run_buffers;
+    prefetch.clear();
     Position ahead = at_;
     const int64_t lag = std::min(kPrefetchBlocks, end);
     ahead.append_prefetch(lag, nullptr);
-    ahead.append_prefetch(end - lag, &prefetch_);
+    ahead.append_prefetch(end - lag, &prefetch);
     if (then) {
       ahead = then->at_;
-      ahead.append_prefetch(std::min(kPrefetchBlocks, ahead.blocks_left), &prefetch_);
+      ahead.append_prefetch(std::min(kPrefetchBlocks, ahead.blocks_left), &prefetch);
       for (int64_t at = 0; at < then->params_bytes_; at += 64)
         __builtin_prefetch(then->params_.get() + at);
     }
-    prefetch_.push_back({});
-    args.prefetch = prefetch_.data();
+    prefetch.push_back({});
+    args.prefetch = prefetch.data();
 
-    segments_.clear();
-    at_.append_segments(end, segments_);
-    args.segments = segments_.data();
+    segments.clear();
+    at_.append_segments(end, segments);
+    args.segments = segments.data();
     args.header = header_;
-    if (header_) args.params = take_params(num_tiles);
+    if (header_) args.params = take_params(num_tiles, params);
   }
 
  private:
   // The tiles' group parameters in one piece: where they lie, or a copy if they cross into another
   // page.
-  const uint8_t* take_params(int64_t num_tiles) {
+  const uint8_t* take_params(int64_t num_tiles, std::vector<uint8_t>& copy) {
     const int64_t bytes = num_tiles * params_bytes_;
     if (bytes <= params_.left()) {
       const uint8_t* here = params_.get();
       params_.advance(bytes);
       return here;
     }
-    params_copy_.resize(bytes);
+    copy.resize(bytes);
     for (int64_t done = 0; done < bytes;) {
       const int64_t n = std::min(bytes - done, params_.left());
-      std::memcpy(params_copy_.data() + done, params_.get(), n);
+      std::memcpy(copy.data() + done, params_.get(), n);
       params_.advance(n);
       done += n;
     }
-    return params_copy_.data();
+    return copy.data();
   }
 
   Level level_;
@@ -200,9 +210,6 @@ class MatrixWalk {
   const MatrixHeader* header_ = nullptr;
   int64_t params_bytes_ = 0;  // of one tile
   Cursor params_;
-  std::vector<Segment> segments_;
-  std::vector<Prefetch> prefetch_;
-  std::vector<uint8_t> params_copy_;
 };
 
 // Biases of the 16 rows of tile n (those past the end are undefined).
