@@ -122,14 +122,16 @@ class CodedStack(nn.Module):
         )
         found = []
         for e, grid in enumerate(self.grid):
-            tables = {
-                b: ((np.arange(2**b) * 2 + 1) * (128 >> b)).astype(np.uint8) for b in (2, 3, 4)
-            }
+            tables = {}
             for name in self.tables:
                 table = self._table(int(name))[e]
                 if int(name) == self.anchor:
                     table = table.sort().values
                 tables[int(name)] = table.to(torch.uint8).numpy()
+            for bits in (b for b in (2, 3, 4) if b not in tables):  # should one ask
+                part, known = 2 ** abs(bits - self.anchor), tables[self.anchor]
+                finer = bits > self.anchor
+                tables[bits] = np.repeat(known, part) if finer else known[part // 2 :: part]
             found.append(CodedMatrix(codes[e], scale_q[e], zero[e], *grid, tables))
         return found
 
@@ -198,9 +200,11 @@ class CodedLayer(nn.Module):
 
     def experts(self, bits: int) -> list[Expert]:
         """The experts at `bits`, with gradients."""
-        matrices = [stack(bits) for stack in self.stacks]
+        # unbind, since the gradient of one index is a whole stack of zeros.
+        matrices = [stack(bits).unbind(0) for stack in self.stacks]
         return [
-            Expert(tuple(m[s] for m in matrices), self.biases[s]) for s in range(len(matrices[0]))
+            Expert(found, biases)
+            for found, biases in zip(zip(*matrices, strict=True), self.biases, strict=True)
         ]
 
     def coded(self) -> list[list[CodedMatrix]]:

@@ -37,7 +37,7 @@ LATENT_RATE = (
 TABLE_RATE = 0.1  # code units per step, of tables and zeros
 SCALE_RATE = 0.001  # octaves of scale per step
 WARM_UP = 10  # steps
-MEASURES = 4  # times a run measures on held-out text after its start
+MEASURES = 6  # times a run measures on held-out text after its start
 Progress = Callable[[int, int, float], None]  # steps done, in all, loss of the last one
 
 
@@ -98,9 +98,10 @@ def distil_layer(
     def measure() -> float:
         return sum(float(error(measured, bits)) for bits in layer.bits) / len(layer.bits)
 
-    def loss(step: int, generator: torch.Generator) -> torch.Tensor:
-        drawn = torch.randint(len(fitted), (min(batch_tokens, len(fitted)),), generator=generator)
-        return error(fitted[drawn], layer.bits[step % len(layer.bits)])
+    draw = _draws(len(fitted), batch_tokens, seed)
+
+    def loss(step: int) -> torch.Tensor:
+        return error(fitted[draw(step)], layer.bits[step % len(layer.bits)])
 
     return _tune([layer], loss, measure, steps, rate, seed, checkpoint, progress)
 
@@ -155,8 +156,10 @@ def distil_logits(
                 total += float(divergence(ids, measured[some], bits)) * len(ids)
         return total / len(held_out_windows) / len(layers[0].bits)
 
-    def loss(step: int, generator: torch.Generator) -> torch.Tensor:
-        drawn = torch.randperm(len(windows), generator=generator)[:per_step]
+    draw = _draws(len(windows), per_step, seed)
+
+    def loss(step: int) -> torch.Tensor:
+        drawn = draw(step)
         return divergence(windows[drawn], fitted[drawn], layers[0].bits[step % len(layers[0].bits)])
 
     return _tune(layers, loss, measure, steps, rate, seed, checkpoint, progress)
@@ -205,12 +208,13 @@ def coarse_inputs(
         seen, out = [], []
 
         def forward(idx, hidden, top_k_index, top_k_weights):
-            layer = before[idx] if idx < layer_idx else None
-            if layer is not None:
-                return layer(hidden, top_k_index, top_k_weights, bits)
             if idx > layer_idx:  # nothing after it matters
                 return torch.zeros_like(hidden)
+            if idx < layer_idx and before[idx] is not None:
+                return before[idx](hidden, top_k_index, top_k_weights, bits)
             result = model.comoe.experts_forward(idx, hidden, top_k_index, top_k_weights)
+            if idx < layer_idx:
+                return result
             seen.append((hidden.clone(), top_k_index.clone(), top_k_weights.clone()))
             out.append(result.clone())
             return result
@@ -229,9 +233,22 @@ def coarse_inputs(
 # ---- the loop ------------------------------------------------------------------------------------
 
 
+def _draws(count: int, size: int, seed: int) -> Callable[[int], torch.Tensor]:
+    """step -> indices of what it uses: each of `count` once per epoch, in shuffled order."""
+    size = min(size, count)
+    per_epoch = count // size
+
+    def draw(step: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(seed + step // per_epoch)
+        begin = step % per_epoch * size
+        return torch.randperm(count, generator=generator)[begin : begin + size]
+
+    return draw
+
+
 def _tune(
     layers: Sequence[CodedLayer],
-    loss: Callable[[int, torch.Generator], torch.Tensor],
+    loss: Callable[[int], torch.Tensor],
     measure: Callable[[], float],
     steps: int,
     rate: float,
@@ -240,9 +257,8 @@ def _tune(
     progress: Progress | None,
 ) -> Report:
     started, modules = time.monotonic(), nn.ModuleList(layers)
-    optimizer = torch.optim.Adam(_rates(layers), betas=(0.9, 0.98))
+    optimizer = torch.optim.Adam(_rates(layers), betas=(0.9, 0.98), fused=True)
     rates = [group["lr"] * rate for group in optimizer.param_groups]
-    generator = torch.Generator().manual_seed(seed)
     settings = {"steps": steps, "rate": rate, "seed": seed, "sizes": [len(x.slot) for x in layers]}
     state = _resume(checkpoint, settings)
     if state is None:
@@ -252,7 +268,6 @@ def _tune(
     else:
         modules.load_state_dict(state["now"])
         optimizer.load_state_dict(state["optimizer"])
-        generator.set_state(state["generator"])
     spent = state["spent"]
     due = {round(steps * (i + 1) / MEASURES) for i in range(MEASURES)}
     for step in range(state["step"], steps):
@@ -260,7 +275,7 @@ def _tune(
         for group, usual in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = usual * factor
         optimizer.zero_grad(set_to_none=True)
-        value = loss(step, generator)
+        value = loss(step)
         if not bool(torch.isfinite(value)):
             break  # the best state so far is what is kept
         value.backward()
@@ -275,7 +290,6 @@ def _tune(
                     "step": step + 1,
                     "now": modules.state_dict(),
                     "optimizer": optimizer.state_dict(),
-                    "generator": generator.get_state(),
                     "settings": settings,
                     "spent": spent + time.monotonic() - started,
                 }

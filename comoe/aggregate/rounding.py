@@ -14,9 +14,9 @@ output. `round_matrix` lowers it in this order:
    state seen is what is kept).
 4. Tables of the levels below the anchor by least squares under M, for the bins that truncation gives.
 
-All rungs up to the anchor come from the one set of codes. The bits below the anchor are those of the
-nearest code in the anchor's bin; they make a valid 8-bit rung, but the packer's own is better (it is a
-replacement set of its own).
+All rungs up to the anchor come from the one set of codes. Bits below the anchor are chosen by coordinate
+descent inside the anchor's bins; they make a valid 8-bit rung, but the packer's own codes are better there,
+and are a replacement set of their own.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from comoe import _C
 from comoe.aggregate.coded import CodedMatrix, scale_grid, scale_of, to_payloads
 from comoe.aggregate.experts import Expert, activate, intermediate
 from comoe.runtime.spec import ExpertsSpec
@@ -38,7 +39,10 @@ SWEEPS = 2
 BLOCK = (
     128  # columns between two updates of all that follow; a group of columns in the natural order
 )
-FIT_ROWS = 256  # rows of a matrix that tables are fitted on under M
+FIT_WEIGHTS = (
+    1 << 16
+)  # about as many of a matrix tables are fitted on under M: sums over pairs cost
+FEW_ROWS = 4  # rows per neuron at which half of the fit of down is taken
 SHRINKS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.72, 0.64)
 LLOYD_ITERATIONS = 3
 
@@ -66,7 +70,9 @@ def round_expert(
     Returns uint8 payloads: 1, 2, 3 or 4 for 2, 3, 4 or 8 bits. Raises ValueError for weights or moments
     that are not finite, and for shapes that do not fit.
     """
-    coded = round_matrices(matrices, moments, anchor=anchor, sweeps=sweeps, damping=damping)
+    coded = round_matrices(
+        matrices, moments, anchor=anchor, lower_bits=bits == 8, sweeps=sweeps, damping=damping
+    )
     shape = shape_of(matrices, biased=len(biases) > 0)
     bits = anchor if bits is None else bits
     if bits != 8 and bits > anchor:
@@ -81,10 +87,14 @@ def round_matrices(
     moments: Sequence[torch.Tensor | None],
     *,
     anchor: int = 4,
+    lower_bits: bool = False,
     sweeps: int = SWEEPS,
     damping: float = DAMPING,
 ) -> list[CodedMatrix]:
-    """`round_expert` before it is written down: one CodedMatrix per matrix."""
+    """`round_expert` before it is written down: one CodedMatrix per matrix.
+
+    lower_bits: also choose the bits below the anchor's, for a rung of 8 bits; else they are 0.
+    """
     if len(moments) != len(matrices):
         raise ValueError(
             f"round_expert: moments: expected one (or None) for each of {len(matrices)} matrices, got {len(moments)}"
@@ -92,11 +102,12 @@ def round_matrices(
     prepared: dict[int, _Moment] = {}  # gate and up have the same
     coded = []
     for m, (weight, moment) in enumerate(zip(matrices, moments, strict=True)):
-        if moment is not None and id(moment) not in prepared:
+        if moment is not None:
             _check_moment(m, weight, moment)
-            prepared[id(moment)] = _Moment.of(moment, damping)
+            if id(moment) not in prepared:
+                prepared[id(moment)] = _Moment.of(moment, damping)
         found = _Moment.identity(weight.shape[1]) if moment is None else prepared[id(moment)]
-        coded.append(_Rounding(weight, found, anchor, m).run(sweeps))
+        coded.append(_Rounding(weight, found, anchor, m).run(sweeps, lower_bits))
     return coded
 
 
@@ -143,6 +154,8 @@ def round_routed(
     fitted = torch.linalg.solve(moment, right).T.contiguous()
     if not bool(torch.isfinite(fitted).all()):
         fitted = down
+    # With few rows per neuron the fit is mostly noise.
+    fitted = down + (fitted - down) * (len(x) / (len(x) + FEW_ROWS * len(moment)))
     return coded + round_matrices([fitted], [moment], **options)
 
 
@@ -231,7 +244,7 @@ class _Rounding:
         self.group_of = torch.arange(self.cols) // GROUP_COLS
         self.table = self.scale_q = self.zero = self.scale = self.index = None
 
-    def run(self, sweeps: int) -> CodedMatrix:
+    def run(self, sweeps: int, lower_bits: bool) -> CodedMatrix:
         self._fit_ranges()
         if self.moment.order is None:
             self.index = self._nearest(self.weight, slice(None))
@@ -244,7 +257,7 @@ class _Rounding:
             self._descend()
             best = min(best, self._state(), key=lambda state: state[0])
         _, self.table, self.scale, self.scale_q, self.zero, self.grid, self.index = best
-        return self._coded()
+        return self._coded(lower_bits)
 
     def _state(self):
         error = self.weight - self._decoded()
@@ -336,26 +349,26 @@ class _Rounding:
         order, upper = self.moment.order, self.moment.factor
         left = self.weight[:, order].clone()
         index = torch.empty((self.rows, self.cols), dtype=torch.int64)
-        bounds = self._bounds()
-        scale, zero = self.scale, self.zero
-        groups = self.group_of[order].tolist()
-        inverse = 1 / scale
+        groups = self.group_of[order]
         for begin in range(0, self.cols, BLOCK):
-            end = min(begin + BLOCK, self.cols)
-            errors = torch.empty((self.rows, end - begin))
-            block = left[:, begin:end]
-            factor = upper[begin:end, begin:end]
-            for j in range(end - begin):
-                g = groups[begin + j]
-                chosen = torch.bucketize(block[:, j] * inverse[:, g] + zero[:, g], bounds)
-                index[:, begin + j] = chosen
-                decoded = scale[:, g] * (self.table[chosen] - zero[:, g])
-                error = (block[:, j] - decoded) / factor[j, j]
-                errors[:, j] = error
-                block[:, j + 1 :].addr_(error, factor[j, j + 1 :], alpha=-1)
-            left[:, end:] -= errors @ upper[begin:end, end:]
+            some = slice(begin, min(begin + BLOCK, self.cols))
+            inverse = 1 / upper.diagonal()[some]
+            index[:, some], errors = self._round(
+                left[:, some], upper[some, some], inverse, groups[some]
+            )
+            left[:, some.stop :] -= errors @ upper[some, some.stop :]
         self.index = torch.empty_like(index)
         self.index[:, order] = index
+
+    def _round(
+        self, values, factor, inverse, groups, **options
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """`_C.round_columns` on tensors: codes int64 and errors float32, [rows, columns of the block]."""
+        codes, errors = _C.round_columns(
+            values.contiguous().numpy(), factor.contiguous().numpy(), inverse.contiguous().numpy(),
+            self.scale.numpy(), self.zero.numpy(), groups.to(torch.int32).numpy(), self.table.numpy(), **options
+        )  # fmt: skip
+        return torch.from_numpy(codes).long(), torch.from_numpy(errors)
 
     # ---- step 3 ---------------------------------------------------------------------------------
 
@@ -381,7 +394,9 @@ class _Rounding:
             ds, do = torch.where(fits, ds, 0), torch.where(fits, do, 0)
             scale[:, g] += ds
             offset[:, g] += do
-            gradient -= (ds[:, None] * v - do[:, None]) @ m[cols]
+            if cols.stop < self.cols:
+                change = ds[:, None] * v - do[:, None]
+                gradient[:, cols.stop :] -= change @ m[cols, cols.stop :]
         self._set_groups(scale, offset)
 
     def _refit_table(self) -> None:
@@ -391,7 +406,7 @@ class _Rounding:
     def _least_squares(self, index: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
         """Entries of least error under M for given bins, over a sample of rows; `table`: what an entry
         without weights keeps."""
-        step = -(-self.rows // FIT_ROWS)
+        step = max(1, self.rows * self.cols // FIT_WEIGHTS)
         index = index[::step]
         scale = self._spread(self.scale)[::step] / self.scale.max()
         target = (self.weight / self.scale.max())[::step] + scale * self._spread(self.zero)[::step]
@@ -407,43 +422,58 @@ class _Rounding:
         return torch.linalg.solve(left, right + ridge * table.double()).float()
 
     def _descend(self) -> None:
-        """Each code to its best entry while all others stay, in blocks of a group's columns."""
-        m, bounds = self.moment.matrix, self._bounds()
-        decoded = self._decoded()
+        self.index = self._coordinate_descent(self._decoded())
+
+    def _coordinate_descent(
+        self, decoded: torch.Tensor, lower: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Each code to what is best while all others stay as they are, group after group.
+
+        lower: uint8 [rows, cols]: choose among the codes of the anchor's bin that begins there.
+        """
+        m = self.moment.matrix
         gradient = (self.weight - decoded) @ m
-        inverse = 1 / self.scale
-        for g, cols in enumerate(self.groups):
+        found = torch.empty((self.rows, self.cols), dtype=torch.int64)
+        for cols in self.groups:
             inner = m[cols, cols]
-            steps = (1 / inner.diagonal()).tolist()
-            scale, zero, local = self.scale[:, g], self.zero[:, g], gradient[:, cols].clone()
-            before = decoded[:, cols].clone()
-            now = before.clone()
-            for j in range(inner.shape[0]):
-                target = now[:, j] + local[:, j] * steps[j]
-                chosen = torch.bucketize(target * inverse[:, g] + zero, bounds)
-                value = scale * (self.table[chosen] - zero)
-                local.addr_(value - now[:, j], inner[j], alpha=-1)
-                now[:, j] = value
-                self.index[:, cols.start + j] = chosen
-            gradient -= (now - before) @ m[cols]
+            options = {"present": decoded[:, cols].contiguous().numpy()}
+            if lower is not None:
+                options |= {
+                    "lower": lower[:, cols].contiguous().numpy(),
+                    "width": 256 >> self.anchor,
+                }
+            found[:, cols], moved = self._round(
+                gradient[:, cols], inner, 1 / inner.diagonal(), self.group_of[cols], **options
+            )
+            if cols.stop < self.cols:
+                gradient[:, cols.stop :] -= moved @ m[cols, cols.stop :]
+        return found
+
+    def _lower_bits(self) -> torch.Tensor:
+        """Codes 0..255 [rows, cols] in the anchor's bins, for the rung of 8 bits."""
+        width = 256 >> self.anchor
+        low = self.index * width
+        scale, zero = self._spread(self.scale), self._spread(self.zero)
+        codes = (self.weight / scale + zero).round().clamp(low, low + width - 1)
+        if self.moment.order is not None:  # else the nearest is the best
+            for _ in range(2):
+                codes = self._coordinate_descent(scale * (codes - zero), low.to(torch.uint8))
+        return codes
 
     # ---- step 4 ---------------------------------------------------------------------------------
 
-    def _coded(self) -> CodedMatrix:
+    def _coded(self, lower_bits: bool) -> CodedMatrix:
         tables = {self.anchor: self.table}
         for bits in (b for b in LEVEL_BITS if b < self.anchor):
             index = self.index >> (self.anchor - bits)
             merged = self.table.reshape(2**bits, -1).mean(1)
             tables[bits] = self._least_squares(index, merged).round().clamp(0, 255)
-        # Below the anchor: the nearest code in the anchor's bin.
-        width = 256 >> self.anchor
-        units = self.weight / self._spread(self.scale) + self._spread(self.zero)
-        low = self.index * width
-        codes = units.round().clamp(0, 255).to(torch.int64).clamp(low, low + width - 1)
+        codes = self._lower_bits() if lower_bits else self.index * (256 >> self.anchor)
         found = {b: t.to(torch.uint8).numpy() for b, t in tables.items()}
-        for bits in (3, 4):  # finer than the anchor: the middles of their bins, should one ask
-            middles = (np.arange(2**bits) * 2 + 1) * (128 >> bits)
-            found.setdefault(bits, middles.astype(np.uint8))
+        for bits in (
+            b for b in (3, 4) if b > self.anchor
+        ):  # should one ask: the anchor's own values
+            found[bits] = np.repeat(found[self.anchor], 2 ** (bits - self.anchor))
         return CodedMatrix(
             codes.to(torch.uint8).numpy(),
             self.scale_q,
