@@ -14,6 +14,7 @@ from comoe.aggregate.calibrate import Batch, calibrate, plan_windows, record
 from comoe.aggregate.calibration import Calibration
 from comoe.aggregate.errors import CalibrationError
 from comoe.aggregate.experts import Expert, ExpertWeights, expert_forward, intermediate
+from comoe.aggregate.published import published
 from comoe.aggregate.statistics import LayerStatistics, data_free_error, super_experts
 
 TEXT = "def f(x):\n    return x + 1  # \u00e9t\u00e9\n" * 40
@@ -268,3 +269,19 @@ def test_activations_that_are_not_finite(tmp_path):
     with pytest.raises(CalibrationError, match=r"layers\.0.*NaN or infinite activations"):
         calibrate(packed, {"a": np.arange(3, 250)}, tokens=64, memory="200MB")
     assert not [p for p in packed.iterdir() if "calibration" in p.name], "nothing is left behind"
+
+
+def test_a_disk_error_leaves_the_old_folder(tmp_path):
+    folder = tmp_path / "there"
+    folder.mkdir()
+    (folder / "old").touch()
+    with (
+        pytest.raises(CalibrationError, match="calibrate: cannot write to .*No space left"),
+        published(folder, "calibrate", CalibrationError) as part,
+    ):
+        (part / "new").touch()
+        raise OSError(28, "No space left on device")
+    assert [p.name for p in tmp_path.rglob("*")] == ["there", "old"]
+    with published(folder, "calibrate") as part:
+        (part / "new").touch()
+    assert [p.name for p in tmp_path.rglob("*")] == ["there", "new"]

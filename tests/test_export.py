@@ -86,7 +86,9 @@ def test_other_layouts_load(tmp_path):
 
 def test_router_rows_come_near_the_sum_of_probabilities():
     generator = torch.Generator().manual_seed(0)
-    router, x = torch.randn(6, 16, generator=generator), torch.randn(500, 16, generator=generator)
+    router = 0.3 * torch.randn(6, 16, generator=generator)
+    # Hidden states have a mean, which lets a row give a group of three more than a single expert.
+    x = torch.randn(500, 16, generator=generator) + torch.randn(16, generator=generator)
     groups = [np.array([0, 1, 2]), np.array([3]), np.array([4, 5])]
     mean = torch.stack([router[torch.from_numpy(g)].mean(0) for g in groups])
     p = (x @ router.T).softmax(-1)
@@ -95,7 +97,7 @@ def test_router_rows_come_near_the_sum_of_probabilities():
     def gap(rows):
         return float(((x @ rows.T).softmax(-1) - want).abs().mean())
 
-    assert gap(router_rows(router, mean, groups, x)) < 0.8 * gap(mean)
+    assert gap(router_rows(router, mean, groups, x)) < 0.5 * gap(mean)
     alone = [np.array([e]) for e in range(6)]
     torch.testing.assert_close(router_rows(router, router.clone(), alone, x), router)
 

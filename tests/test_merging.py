@@ -147,8 +147,10 @@ def test_ream_leaves_many_single():
         merging.ream_groups(similarity, np.arange(8.0), 2, capacity=1)
 
 
+@pytest.mark.parametrize("exact", [2048, 3])
 @pytest.mark.parametrize("gated", [True, False])
-def test_alignment_undoes_a_permutation(gated):
+def test_alignment_undoes_a_permutation(gated, exact, monkeypatch):
+    monkeypatch.setattr(merging, "HUNGARIAN", exact)
     generator = torch.Generator().manual_seed(0)
     shapes = [(11, 7)] * (2 if gated else 1) + [(7, 11)]
     expert = Expert(
@@ -160,6 +162,30 @@ def test_alignment_undoes_a_permutation(gated):
     back = merging.aligned(merging.permuted(expert, order), expert)
     for got, want in zip(back.matrices + back.biases, expert.matrices + expert.biases, strict=True):
         assert torch.equal(got, want)
+
+
+def test_many_neurons_are_assigned_once_each(monkeypatch):
+    gain = torch.rand(60, 60, generator=torch.Generator().manual_seed(0))
+    exact = merging._assignment(gain)
+    monkeypatch.setattr(merging, "HUNGARIAN", 5)
+    near = merging._assignment(gain)
+    assert sorted(near) == sorted(exact) == list(range(60))
+    rows = np.arange(60)
+    assert 0.95 < float(gain[rows, near].sum() / gain[rows, exact].sum()) <= 1
+
+
+def test_ream_similarity_is_a_cosine():
+    generator = torch.Generator().manual_seed(0)
+    logits, outputs = (
+        torch.randn(100, 3, generator=generator),
+        torch.randn(3, 100, 4, generator=generator),
+    )
+    gates = logits.softmax(-1)
+    whole = (outputs * gates.T[..., None]).flatten(1)
+    want = torch.nn.functional.cosine_similarity(whole[0], whole[1], dim=0)
+    want += torch.nn.functional.cosine_similarity(logits[:, 0], logits[:, 1], dim=0)
+    found = merging.ream_similarity(logits, outputs, gates)
+    assert found[0, 1] == pytest.approx(float(want), abs=1e-5) and found[2, 2] == pytest.approx(2)
 
 
 def test_permuted_experts_compute_the_same(clustered):

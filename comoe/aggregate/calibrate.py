@@ -13,7 +13,6 @@ import inspect
 import json
 import os
 import shutil
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ import torch
 
 from comoe.aggregate.calibration import DTYPES, FOLDER, FORMAT, MANIFEST, Calibration
 from comoe.aggregate.errors import CalibrationError
+from comoe.aggregate.published import published
 from comoe.config import format_bytes
 from comoe.trace import tapping
 
@@ -158,7 +158,7 @@ def record(
     logits = router_logits(model, model.comoe.specs, k)
     total = sum(batch.ids.size for batch in batches)
     _check_space(folder.parent, model, total, k, logits)
-    with _published(folder) as part:
+    with published(folder, "calibrate", CalibrationError) as part:
         with contextlib.ExitStack() as stack:
             layers = [
                 stack.enter_context(_LayerWriter(part / f"layer-{i:05d}", spec, logits[i]))
@@ -278,31 +278,6 @@ def _check_space(folder: Path, model: Any, tokens: int, k: int, logits: list) ->
             f"calibrate: {folder} has {format_bytes(free)} free, {tokens} tokens need "
             f"{format_bytes(tokens * per_token)}; make room or calibrate on fewer tokens"
         )
-
-
-@contextlib.contextmanager
-def _published(folder: Path) -> Iterator[Path]:
-    """A folder to write in, which takes the place of `folder` at the end, or goes away on an error."""
-    try:
-        part = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    except OSError as error:
-        raise CalibrationError(
-            f"calibrate: cannot write to {folder.parent}: {error}; copy the packed folder to another place"
-        ) from error
-    old = part.with_name(part.name + ".old")
-    try:
-        yield part
-        part.chmod(0o755)
-        if folder.exists():
-            folder.rename(old)
-        part.rename(folder)
-    except OSError as error:
-        raise CalibrationError(
-            f"calibrate: cannot write to {folder}: {error}; make room or mend the disk"
-        ) from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def _warn_of_few(found: Calibration) -> None:

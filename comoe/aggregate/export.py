@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from comoe.aggregate.calibration import LayerRecord
 from comoe.aggregate.errors import AggregateError
 from comoe.aggregate.experts import ExpertWeights
 from comoe.aggregate.merging import Merge, members
+from comoe.aggregate.published import published
 
 COUNT_FIELDS = (  # how configurations name E
     "num_experts",
@@ -65,9 +65,7 @@ def export(
     blocks = discover(smaller)
     _check_shapes(smaller, blocks, weights, merges)
 
-    part = out.with_name(f"{out.name}.{uuid.uuid4().hex[:8]}.part")
-    try:
-        part.mkdir(parents=True)
+    with published(out, "export") as part:
         _copy_small_files(packed, part)
         model = comoe.load(packed, memory=memory, exact=True)
         try:
@@ -76,13 +74,6 @@ def export(
             model.comoe.close()
         _write(part, dense, blocks, weights, merges)
         config.save_pretrained(part)
-        part.rename(out)
-    except OSError as error:
-        raise AggregateError(
-            f"export: cannot write to {out}: {error}; make room or choose another folder"
-        ) from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return out
 
 

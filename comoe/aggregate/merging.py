@@ -20,6 +20,7 @@ from comoe.aggregate.experts import Expert, expert_forward, intermediate
 from comoe.aggregate.statistics import LayerStatistics
 
 RIDGE = 1e-2  # of the mean of the diagonal, in least squares
+HUNGARIAN = 2048  # neurons that are assigned exactly
 
 
 def renumbered(labels: np.ndarray) -> np.ndarray:
@@ -47,15 +48,18 @@ def output_distance(outputs: torch.Tensor) -> np.ndarray:
 
 
 def ream_similarity(logits: torch.Tensor, outputs: torch.Tensor, gates: torch.Tensor) -> np.ndarray:
-    """REAM (arXiv 2604.04356): cosine of gate logits [S, E] plus mean cosine of gated outputs -> [E, E].
+    """REAM (arXiv 2604.04356): cosine of gate logits [S, E] plus cosine of gated outputs -> [E, E].
 
     outputs [E, S, H], gates [S, E]: all experts' gates, so a softmax of the logits where the router's own
     are zero but for the chosen.
     """
     columns = torch.nn.functional.normalize(logits.float(), dim=0)
-    gated = (outputs * gates.T[..., None]).flatten(1)
-    gated = torch.nn.functional.normalize(gated, dim=1)
-    return (columns.T @ columns + gated @ gated.T).double().numpy()
+    gram = torch.zeros(outputs.shape[0], outputs.shape[0])
+    for f, g in zip(outputs.split(64, 1), gates.split(64), strict=True):
+        gated = (f * g.T[..., None]).flatten(1)
+        gram += gated @ gated.T
+    norms = gram.diagonal().sqrt().clamp_min(1e-30)
+    return (columns.T @ columns + gram / norms[:, None] / norms).double().numpy()
 
 
 def squared_distance(outputs: torch.Tensor, gates: torch.Tensor) -> np.ndarray:
@@ -219,7 +223,23 @@ def aligned(expert: Expert, reference: Expert) -> Expert:
         ref, own = (ref.T, own.T) if i == len(pairs) - 1 else (ref, own)
         # Each matrix counts alike, whatever its scale.
         gain += (ref @ own.T) / (ref.norm() * own.norm()).clamp_min(1e-30)
-    return permuted(expert, linear_sum_assignment(gain.numpy(), maximize=True)[1])
+    return permuted(expert, _assignment(gain))
+
+
+def _assignment(gain: torch.Tensor) -> np.ndarray:
+    """For each row of gain [I, I] a column of its own, of large summed gain. Exact up to HUNGARIAN neurons, since
+    the exact way is cubic; above, pairs that are each other's best are matched until so few are left."""
+    chosen = torch.full((len(gain),), -1)
+    rows, cols = torch.arange(len(gain)), torch.arange(len(gain))
+    while len(rows) > HUNGARIAN:
+        best = gain.argmax(1)
+        mutual = gain.argmax(0)[best] == torch.arange(len(rows))  # the largest entry always is
+        chosen[rows[mutual]] = cols[best[mutual]]
+        free = torch.ones(len(cols), dtype=torch.bool)
+        free[best[mutual]] = False
+        gain, rows, cols = gain[~mutual][:, free], rows[~mutual], cols[free]
+    chosen[rows] = cols[torch.from_numpy(linear_sum_assignment(gain.numpy(), maximize=True)[1])]
+    return chosen.numpy()
 
 
 def averaged(experts: Sequence[Expert], shares: Sequence[float]) -> Expert:

@@ -326,10 +326,10 @@ SUPER_PERCENTILE, SUPER_SHARE, SUPER_TIMES = 99.5, 0.1, 8.0
 def super_experts(peaks: Sequence[np.ndarray]) -> list[np.ndarray]:
     """bool [E] per layer: experts without which the model breaks, and which are never to be taken below 8 bits.
 
-    peaks: LayerStatistics.peaks of every layer. The criterion is that of "Unveiling Super Experts in MoE
-    LLMs" (arXiv 2507.23279): the largest magnitude that a down projection puts out is above the 99.5th
-    percentile of all experts and above a tenth of the largest. Some expert always is, so ours must also be
-    8 times the median, which in a model without such experts none is.
+    peaks: LayerStatistics.peaks of every layer. As in "Unveiling Super Experts in Mixture-of-Experts Large
+    Language Models" (arXiv 2507.23279), what counts is rare but extreme magnitude at the output of the down
+    projection: above the 99.5th percentile of all experts and above a tenth of the largest. Some expert always
+    is, so ours must also be 8 times the median, which in a model without such experts none is.
     """
     every = np.concatenate(list(peaks))
     least = max(
