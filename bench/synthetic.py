@@ -19,8 +19,14 @@ def make_checkpoint(
     intermediate: int,
     vocab: int = 4096,
     seed: int = 0,
+    embedding_scale: float = 1.0,
 ) -> None:
-    """Writes a Qwen3-MoE checkpoint in bf16; routing is near uniform, the worst case for caches."""
+    """Writes a Qwen3-MoE checkpoint in bf16.
+
+    Each expert is chosen about as often as any other, but attention outweighs the embeddings, so a text's
+    tokens choose much the same ones. With embeddings 50 times as large every token has its own: the
+    worst case for caches.
+    """
     import torch
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -41,7 +47,10 @@ def make_checkpoint(
     )
     torch.set_default_dtype(torch.bfloat16)
     try:
-        Qwen3MoeForCausalLM(config).save_pretrained(folder)
+        model = Qwen3MoeForCausalLM(config)
+        with torch.no_grad():
+            model.get_input_embeddings().weight.mul_(embedding_scale)
+        model.save_pretrained(folder)
     finally:
         torch.set_default_dtype(torch.float32)
 

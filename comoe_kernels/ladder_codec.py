@@ -43,7 +43,8 @@ NUM_RECORDS = 5
 LEVEL_BITS = (2, 3, 4, 8)  # of levels 0..3
 KNOWN_BITS = (0, *LEVEL_BITS)  # of a code after n planes
 EXACT_LEVEL = 4
-FP32, BF16, FP16 = range(3)
+FP32, BF16, FP16, FP8, MXFP4 = range(5)
+EXACT_BITS = (32, 16, 16, 8, 4)
 
 _BLOCK_BYTES = (128, 64, 64, 256)  # of records 0..3, one 16 x 32 block
 _PARAMS_BYTES = 32
@@ -121,7 +122,8 @@ class Shape:
 
     @property
     def itemsize(self) -> int:
-        return 4 if self.exact_dtype == FP32 else 2
+        """Bytes of a bias in the exact record."""
+        return 2 if self.exact_dtype in (BF16, FP16) else 4
 
     @property
     def num_weights(self) -> int:
@@ -149,18 +151,26 @@ class Shape:
     def exact_bias_offset(self, m: int) -> int:
         return sum(_up(rows * self.itemsize, 64) for rows, _ in self.matrices[:m])
 
+    def exact_scales_bytes(self, m: int) -> int:
+        tiles, blocks, groups = self.tiles(m)
+        return tiles * {FP8: 4 * groups, MXFP4: 16 * blocks}.get(self.exact_dtype, 0)
+
+    def exact_scales_offset(self, m: int) -> int:
+        at = self.exact_bias_offset(len(self.matrices)) if self.biased else 0
+        return at + sum(self.exact_scales_bytes(i) for i in range(m))
+
     def params_offset(self, m: int) -> int:
         return self.coded.params_offset(m)
 
     def block_bytes(self, record: int) -> int:
-        return BLOCK_ROWS * BLOCK_COLS * self.itemsize if record == 4 else _BLOCK_BYTES[record]
+        if record == 4:
+            return BLOCK_ROWS * BLOCK_COLS * EXACT_BITS[self.exact_dtype] // 8
+        return _BLOCK_BYTES[record]
 
     def blocks_offset(self, record: int, m: int) -> int:
         if record < 4:
             return self.coded.plane_offset(record, record, m)
-        at = 0
-        if self.biased:
-            at = _up(self.exact_bias_offset(len(self.matrices)), self.block_bytes(4))
+        at = _up(self.exact_scales_offset(len(self.matrices)), self.block_bytes(4))
         return at + sum(map(self.coded.blocks, range(m))) * self.block_bytes(4)
 
     def record_bytes(self, record: int) -> int:
@@ -285,7 +295,8 @@ def encode_mean(output: np.ndarray) -> np.ndarray:
 
 
 def decode_ref(shape: Shape, payloads: Sequence[np.ndarray], level: int, m: int) -> np.ndarray:
-    """Matrix m at `level`, fp32 [rows, cols]; at EXACT_LEVEL the source's elements, uint16 unless fp32.
+    """Matrix m at `level`, fp32 [rows, cols]; at EXACT_LEVEL the source's elements, uint16 unless fp32,
+    and fp32 products of codes and scales.
 
     payloads: uint8 arrays indexed by record; only those that the level needs are read.
     """
@@ -295,6 +306,8 @@ def decode_ref(shape: Shape, payloads: Sequence[np.ndarray], level: int, m: int)
     tiles, blocks, _ = shape.tiles(m)
     at = shape.blocks_offset(4, m)
     raw = payloads[4][at : at + tiles * blocks * shape.block_bytes(4)]
+    if shape.exact_dtype in (FP8, MXFP4):
+        return _decode_codes(shape, payloads[4], raw, m)
     if shape.exact_dtype == FP32:  # vector c, element row
         whole = raw.view("<f4").reshape(tiles, blocks, 32, 16).transpose(0, 1, 3, 2)
     else:  # vector p, element 2 * row + i = column 2 p + i
@@ -307,13 +320,46 @@ def decode_ref(shape: Shape, payloads: Sequence[np.ndarray], level: int, m: int)
     return np.ascontiguousarray(_untile(whole, rows, cols))
 
 
+def minifloat_ref(exponent_bits: int, mantissa_bits: int) -> np.ndarray:
+    """fp32 values of all codes of a small float with a sign and IEEE's bias, infinities apart."""
+    bias, steps = 2 ** (exponent_bits - 1) - 1, 2**mantissa_bits
+    code = np.arange(2 ** (exponent_bits + mantissa_bits))
+    exponent, mantissa = code // steps, code % steps
+    normal = (1 + mantissa / steps) * 2.0 ** (exponent - bias)
+    value = np.where(exponent == 0, mantissa / steps * 2.0 ** (1 - bias), normal)
+    return np.concatenate([value, -value]).astype(np.float32)
+
+
+def _decode_codes(shape: Shape, payload: np.ndarray, raw: np.ndarray, m: int) -> np.ndarray:
+    """fp32 [rows, cols]: value of each code times its scale."""
+    rows, cols = shape.matrices[m]
+    tiles, blocks, groups = shape.tiles(m)
+    at = shape.exact_scales_offset(m)
+    scales = payload[at : at + shape.exact_scales_bytes(m)]
+    if shape.exact_dtype == FP8:  # as 16-bit elements lie
+        codes = raw.reshape(tiles, blocks, 16, 16, 2).transpose(0, 1, 3, 2, 4)
+        value = minifloat_ref(4, 3)[codes]
+        scale = scales.view("<f4").reshape(tiles, groups, 1)
+        scale = np.broadcast_to(scale, (tiles, groups, 16)).transpose(0, 2, 1)
+        per_scale = GROUP_COLS
+    else:  # word 2 row + i of vector v, bits 4 j: column 2 (4 v + j) + i
+        words = raw.view("<u2").reshape(tiles, blocks, 4, 16, 2)
+        codes = np.stack([words >> 4 * j & 15 for j in range(4)], axis=3)
+        value = minifloat_ref(2, 1)[codes.transpose(0, 1, 4, 2, 3, 5)]
+        scale = np.ldexp(np.float32(1), scales.astype(np.int32) - 127)
+        scale = scale.reshape(tiles, blocks, 16).transpose(0, 2, 1)
+        per_scale = BLOCK_COLS
+    scale = scale.reshape(tiles * BLOCK_ROWS, -1).repeat(per_scale, axis=1)[:rows, :cols]
+    return _untile(value.reshape(tiles, blocks, 16, 32), rows, cols) * scale
+
+
 def bias_ref(shape: Shape, payloads: Sequence[np.ndarray], level: int, m: int) -> np.ndarray:
     """Bias of matrix m: fp32 [rows], or the source's elements at EXACT_LEVEL."""
     rows = shape.matrices[m][0]
     if level == EXACT_LEVEL:
         at = shape.exact_bias_offset(m)
         return payloads[4][at : at + rows * shape.itemsize].view(
-            "<f4" if shape.exact_dtype == FP32 else "<u2"
+            "<f4" if shape.itemsize == 4 else "<u2"
         )
     at = shape.bias_offset(m)
     return payloads[0][at : at + rows * 4].view("<f4")

@@ -44,16 +44,16 @@ class PlainReader:
         self.name = raw[name_offset : name_offset + name_bytes].decode()
         first, last = (self.I, self.H), (self.H, self.I)
         self.shapes = [first, first, last] if gated else [first, last]
-        self.item = 4 if self.dtype == 0 else 2
+        self.exact_bits = [32, 16, 16, 8, 4][self.dtype]
+        self.item = 2 if self.exact_bits == 16 else 4  # of a bias
 
     def record(self, e, r):
         entry = self.records_offset + 64 * (e * self.R + r)
         kind, bits, flags, parent, replaces, shared, crc, offset, nbytes, *_ = struct.unpack_from(
             "<HBBiQiIQQII", self.raw, entry
         )
-        exact_bits = 8 * self.item
         assert (kind, bits, parent, replaces) == [
-            (0, 2, -1, 0), (0, 1, 0, 0), (0, 1, 1, 0), (0, 4, 2, 0), (1, exact_bits, -1, 15),
+            (0, 2, -1, 0), (0, 1, 0, 0), (0, 1, 1, 0), (0, 4, 2, 0), (1, self.exact_bits, -1, 15),
         ][r]  # fmt: skip
         assert flags & 1 and offset % 4096 == 0 and shared == -1
         payload = self.raw[offset : offset + nbytes]
@@ -65,14 +65,32 @@ class PlainReader:
         return up(rows, 16) // 16, up(cols, 32) // 32, up(cols, 128) // 128
 
     def block_at(self, r, m, tile, k):
-        size = [128, 64, 64, 256, 512 * self.item][r]
+        size = [128, 64, 64, 256, 64 * self.exact_bits][r]
         start = 0
         if r == 0:
             start = up(self.params_at(len(self.shapes)), 128)
-        if r == 4 and self.biased:
-            start = up(sum(up(rows * self.item, 64) for rows, _ in self.shapes), size)
+        if r == 4:
+            start = up(self.scales_at(len(self.shapes)), size)
         before = sum(self.counts(i)[0] * self.counts(i)[1] for i in range(m))
         return start + size * (before + tile * self.counts(m)[1] + k)
+
+    def scales_at(self, m):
+        at = sum(up(rows * self.item, 64) for rows, _ in self.shapes) if self.biased else 0
+        for tiles, blocks, groups in map(self.counts, range(m)):
+            at += tiles * {3: 4 * groups, 4: 16 * blocks}.get(self.dtype, 0)
+        return at
+
+    def code(self, payload, m, row, col):
+        """(code, scale) of a weight."""
+        tile, k, r, c = row // 16, col // 32, row % 16, col % 32
+        at = self.block_at(4, m, tile, k)
+        if self.dtype == 3:
+            scale = self.scales_at(m) + 4 * (tile * self.counts(m)[2] + col // 128)
+            code = payload[at + 32 * (c // 2) + 2 * r + c % 2]
+            return code, struct.unpack_from("<f", payload, scale)[0]
+        (word,) = struct.unpack_from("<H", payload, at + 64 * (c // 8) + 2 * (2 * r + c % 2))
+        scale = self.scales_at(m) + 16 * (tile * self.counts(m)[1] + k) + r
+        return word >> 4 * (c % 8 // 2) & 15, payload[scale]
 
     def params_at(self, m):
         at = 64 * len(self.shapes)
@@ -101,6 +119,8 @@ class PlainReader:
         return 2.0 ** (log2_min + log2_step * scale_q) * (table[code >> (8 - b)] - zero)
 
     def element(self, payload, m, row, col):
+        if self.dtype >= 3:
+            return self.code(payload, m, row, col)
         r, c = row % 16, col % 32
         number = 16 * c + r if self.item == 4 else 32 * (c // 2) + 2 * r + c % 2
         at = self.block_at(4, m, row // 16, col // 32) + self.item * number
@@ -123,6 +143,9 @@ class PlainReader:
             alpha=1.5,
             limit=7.0,
         ),
+        replace(SPEC, num_experts=1, biased=True, exact_dtype="float8_e4m3fn", hidden=150),
+        replace(SPEC, num_experts=1, biased=True, exact_dtype="mxfp4", hidden=150),
+        replace(SPEC, num_experts=1, gated=False, exact_dtype="mxfp4", hidden=64),
     ],
 )
 def test_a_reader_made_from_the_page_gets_the_same_weights(tmp_path, spec):
@@ -140,7 +163,7 @@ def test_a_reader_made_from_the_page_gets_the_same_weights(tmp_path, spec):
     )
     rng = np.random.default_rng(0)
     for e in range(spec.num_experts):
-        matrices, biases = tiny_expert(spec, e)
+        matrices, biases, *scales = tiny_expert(spec, e)
         payloads = [reader.record(e, r) for r in range(5)]
         arrays = [np.frombuffer(p, np.uint8) for p in payloads]
         for m, (rows, cols) in enumerate(reader.shapes):
@@ -149,7 +172,14 @@ def test_a_reader_made_from_the_page_gets_the_same_weights(tmp_path, spec):
                 (int(rng.integers(rows)), int(rng.integers(cols))) for _ in range(60)
             ]
             for row, col in places:
-                assert reader.element(payloads[4], m, row, col) == matrices[m][row, col]
+                element = reader.element(payloads[4], m, row, col)
+                if spec.exact_dtype == "mxfp4":
+                    code = matrices[m][row, col // 2] >> 4 * (col % 2) & 15
+                    assert element == (code, scales[0][m][row, col // 32])
+                elif scales:
+                    assert element == (matrices[m][row, col], scales[0][m][row // 16, col // 128])
+                else:
+                    assert element == matrices[m][row, col]
                 for level, b in enumerate((2, 3, 4, 8)):
                     got = reader.weight(payloads, m, row, col, b)
                     assert got == pytest.approx(wanted[level][row, col], rel=1e-5, abs=1e-7)
@@ -163,7 +193,8 @@ class PlainSet:
     """One record that begins a code set, over any list of matrices, read as the page says."""
 
     def __init__(self, payload, shapes, bits, biases=()):
-        self.payload, self.shapes, self.bits, self.biases = payload, shapes, bits, biases
+        self.payload, self.shapes = bytes(payload), shapes
+        self.bits, self.biases = bits, biases
         self.counts = [(up(r, 16) // 16, up(c, 32) // 32, up(c, 128) // 128) for r, c in shapes]
 
     def params_at(self, m):
@@ -179,7 +210,7 @@ class PlainSet:
 
     def weight(self, m, row, col):
         lane, q = 4 * (row % 16) + col % 4, col % 32 // 4
-        tiles, cols, groups = self.counts[m]
+        _, cols, groups = self.counts[m]
         before = sum(t * c for t, c, _ in self.counts[:m]) + row // 16 * cols + col // 32
 
         def byte(plane, v):

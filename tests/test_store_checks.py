@@ -262,7 +262,7 @@ def test_truncated_and_extended(copy):
         (put("gated", 0), "does not fit"),
         (put("gated", 2), "gated and biased"),
         (put("activation", 77), "activation 77 is unknown"),
-        (put("exact_dtype", 9), "exact_dtype 9 is unknown"),
+        (put("exact_dtype", 9), "exact_dtype 9 is unknown to this comoe"),
         (put("exact_dtype", 0), "does not fit"),
         (put("alpha", np.nan), "must be finite"),
         (put("group_cols", 64), "groups 128"),

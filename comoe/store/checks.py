@@ -262,7 +262,8 @@ def parse_layer_header(file: BinaryIO, size: int, what: str) -> LayerInfo:
 
     require(head["gated"] <= 1 and head["biased"] <= 1, "gated and biased must be 0 or 1")
     require(
-        head["exact_dtype"] < len(fmt.EXACT_DTYPES), f"exact_dtype {head['exact_dtype']} is unknown"
+        head["exact_dtype"] < len(fmt.EXACT_DTYPES),
+        f"exact_dtype {head['exact_dtype']} is unknown to this comoe (a newer one may know it)",
     )
     activation = head["activation"]
     require(

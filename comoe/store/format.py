@@ -32,7 +32,10 @@ EXACT_DTYPES = (
     "float32",
     "bfloat16",
     "float16",
+    "float8_e4m3fn",
+    "mxfp4",
 )  # position is the code in the file, as in layout.h
+EXACT_BITS = (32, 16, 16, 8, 4)
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "quick_gelu", "swigluoai")
 NO_ACTIVATION = 255  # the activation is not one of these: it runs outside the kernels
 
@@ -211,7 +214,7 @@ def ladder_records(geometry: _C.Geometry) -> np.ndarray:
         records[r]["parent"] = r - 1
     last = NUM_RECORDS - 1
     records[last]["kind"] = REPLACEMENT
-    records[last]["bits"] = 32 if geometry.exact_dtype == 0 else 16
+    records[last]["bits"] = EXACT_BITS[geometry.exact_dtype]
     records[last]["parent"] = -1
     records[last]["replaces"] = (1 << last) - 1
     records["flags"] = REQUIRED
@@ -219,6 +222,10 @@ def ladder_records(geometry: _C.Geometry) -> np.ndarray:
     records["nbytes"] = [geometry.record_bytes(r) for r in range(NUM_RECORDS)]
     # All parameters of the planes lie in record 0, before its first block.
     records[0]["params_nbytes"] = geometry.blocks_offset(0, 0)
+    # Scales of an exact record that holds codes.
+    first, end = (geometry.exact_scales_offset(m) for m in (0, geometry.num_matrices))
+    if end > first:
+        records[last]["params_offset"], records[last]["params_nbytes"] = first, end - first
     return records
 
 

@@ -136,7 +136,7 @@ class StoreWriter:
         self,
         name: str,
         spec: LayerSpec,
-        experts: Iterable[tuple[Arrays, Arrays] | Payloads],
+        experts: Iterable[tuple[Arrays, ...] | Payloads],
         *,
         added: Sequence[Sequence[AddedRecord | None]] | None = None,
         fingerprint: str | bytes = b"",
@@ -144,8 +144,10 @@ class StoreWriter:
     ) -> LayerInfo:
         """Encodes and writes one layer; `experts` is not touched if the layer is already there.
 
-        experts: (matrices, biases) of each, in canonical orientation, float32, or uint16 holding the
-            bits of bfloat16 or float16; or `Payloads` (see `copied_experts`), which are copied.
+        experts: (matrices, biases) of each, or (matrices, biases, scales) where matrices are codes.
+            Matrices: canonical orientation, float32, uint16 holding the bits of bfloat16 or float16, or
+            uint8 codes, for mxfp4 two in a byte. Biases: the same type, float32 beside codes. Scales:
+            see csrc/ladder/codec.h. Or `Payloads` (see `copied_experts`), which are copied.
         added: for each expert its records 5, 6, ...; None where it has no such record. What they say
             (kinds, sizes, sharing) belongs to the fingerprint; what their payloads say does not, so
             `fingerprint` must change with that.
@@ -308,7 +310,7 @@ class StoreWriter:
                 if isinstance(source, Payloads):
                     buffer.copy(source, f"layer {name!r}, expert {written}")
                 else:
-                    self._encode(name, written, spec, *source, buffer)
+                    self._encode(name, written, spec, buffer, *source)
                 if pending:
                     on_bytes(pending.result())
                 pending = behind.submit(put, written, buffer)
@@ -330,19 +332,26 @@ class StoreWriter:
         name: str,
         expert: int,
         spec: LayerSpec,
+        buffer: ExpertBuffer,
         matrices: Arrays,
         biases: Arrays,
-        buffer: ExpertBuffer,
+        scales: Arrays = (),
     ) -> None:
         shape = matrices[0].shape if len(matrices) else None
-        if shape != (spec.intermediate, spec.hidden) or bool(len(biases)) != spec.biased:
+        wanted = spec.intermediate, spec.hidden // 2 if spec.exact_dtype == "mxfp4" else spec.hidden
+        if shape != wanted or bool(len(biases)) != spec.biased:
             raise StoreError(
-                f"layer {name!r}, expert {expert}: expected matrix 0 of shape {(spec.intermediate, spec.hidden)} "
+                f"layer {name!r}, expert {expert}: expected matrix 0 of shape {wanted} "
                 f"{'with' if spec.biased else 'without'} biases, got {shape} {'with' if len(biases) else 'without'}"
             )
         try:
             _C.encode_expert(
-                list(matrices), list(biases), spec.exact_dtype_code, spec.gated, buffer.payloads
+                list(matrices),
+                list(biases),
+                spec.exact_dtype_code,
+                spec.gated,
+                buffer.payloads,
+                list(scales),
             )
         except (ValueError, TypeError) as error:
             raise StoreError(f"layer {name!r}, expert {expert}: {error}") from error

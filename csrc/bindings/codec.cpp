@@ -10,11 +10,12 @@
 
 namespace comoe {
 
-static DType exact_dtype_of(int value) {
-  if (value < 0 || value > 2)
-    throw std::invalid_argument("exact_dtype must be 0 (fp32), 1 (bf16) or 2 (fp16), got " +
-                                std::to_string(value));
-  return static_cast<DType>(value);
+static ExactType exact_dtype_of(int value) {
+  if (value < 0 || value >= kNumExactTypes)
+    throw std::invalid_argument(
+        "exact_dtype must be 0 (fp32), 1 (bf16), 2 (fp16), 3 (fp8) or 4 (mxfp4), got " +
+        std::to_string(value));
+  return static_cast<ExactType>(value);
 }
 
 static ExpertGeometry geometry_of(int64_t hidden, int64_t intermediate, bool gated, bool biased,
@@ -34,17 +35,21 @@ static int check_below(int value, int limit, const char* what) {
   return value;
 }
 
-// A C-contiguous array of the dtype that holds `dtype` in numpy (bf16 and fp16 travel as uint16).
-static py::array source_array(py::handle given, DType dtype, const char* what) {
+// A C-contiguous array of elements of `bits`: float32, uint16 (bf16 and fp16 travel as their bits)
+// or uint8 (fp8 codes, or two mxfp4 codes).
+static py::array source_array(py::handle given, int64_t bits, const char* what) {
   if (!py::isinstance<py::array>(given))
     throw py::type_error(std::string("encode_expert: ") + what + " must be numpy arrays");
   auto array = py::reinterpret_borrow<py::array>(given);
-  const bool fp32 = dtype == DType::fp32;
-  if (!array.dtype().is(fp32 ? py::dtype::of<float>() : py::dtype::of<uint16_t>()))
-    throw py::type_error(
-        std::string("encode_expert: ") + what + " must be " +
-        (fp32 ? "float32" : "uint16 (the bits of bf16 or fp16; use .view(np.uint16))") +
-        " for this exact_dtype, got " + std::string(py::str(array.dtype())));
+  const bool fits = bits == 32   ? array.dtype().is(py::dtype::of<float>())
+                    : bits == 16 ? array.dtype().is(py::dtype::of<uint16_t>())
+                                 : array.dtype().is(py::dtype::of<uint8_t>());
+  if (!fits)
+    throw py::type_error(std::string("encode_expert: ") + what + " must be " +
+                         (bits == 32   ? "float32"
+                          : bits == 16 ? "uint16 (the bits of bf16 or fp16; use .view(np.uint16))"
+                                       : "uint8 (the bits of the codes)") +
+                         " for this exact_dtype, got " + std::string(py::str(array.dtype())));
   return py::array::ensure(array, py::array::c_style);
 }
 
@@ -52,10 +57,20 @@ static std::string shape_text(const py::array& array) {
   return py::str(py::tuple(array.attr("shape")));
 }
 
+// `array`, which stands for argument `what`, must be [rows, cols].
+static void check_shape(const py::array& array, const std::string& what, int64_t rows, int64_t cols,
+                        const char* why) {
+  if (array.ndim() != 2 || array.shape(0) != rows || array.shape(1) != cols)
+    throw std::invalid_argument("encode_expert: " + what + " must be [" + std::to_string(rows) +
+                                ", " + std::to_string(cols) + "] " + why + ", got " +
+                                shape_text(array));
+}
+
 // One expert to the payloads of its records; see codec.h.
 static py::list encode_expert_py(const py::list& matrices, const py::list& biases, int exact_dtype,
-                                 bool gated, const py::object& out) {
-  const DType dtype = exact_dtype_of(exact_dtype);
+                                 bool gated, const py::object& out, const py::list& scales) {
+  const ExactType type = exact_dtype_of(exact_dtype);
+  const int64_t codes_per_byte = type == ExactType::mxfp4 ? 2 : 1;
   const size_t count = gated ? 3 : 2;
   if (matrices.size() != count)
     throw std::invalid_argument(
@@ -65,26 +80,40 @@ static py::list encode_expert_py(const py::list& matrices, const py::list& biase
   if (!biases.empty() && biases.size() != count)
     throw std::invalid_argument("encode_expert: biases must be empty or one per matrix (" +
                                 std::to_string(count) + "), got " + std::to_string(biases.size()));
+  if (scales.size() != (is_coded(type) ? count : 0))
+    throw std::invalid_argument("encode_expert: scales must be one per matrix of codes (" +
+                                std::to_string(is_coded(type) ? count : 0) + "), got " +
+                                std::to_string(scales.size()));
   std::vector<py::array> held;
   ExpertSource source;
   for (size_t i = 0; i < count; ++i) {
-    held.push_back(source_array(matrices[i], dtype, "matrices"));
+    held.push_back(source_array(matrices[i], exact_bits(type), "matrices"));
     source.matrices[i] = held.back().data();
     if (held.back().ndim() != 2)
       throw std::invalid_argument("encode_expert: matrices must be [rows, cols], got shape " +
                                   shape_text(held.back()));
   }
-  const ExpertGeometry g =
-      geometry_of(held[0].shape(1), held[0].shape(0), gated, !biases.empty(), exact_dtype);
+  const ExpertGeometry g = geometry_of(held[0].shape(1) * codes_per_byte, held[0].shape(0), gated,
+                                       !biases.empty(), exact_dtype);
   for (size_t i = 0; i < count; ++i) {
     const MatrixGeometry want = g.matrix(static_cast<int>(i));
-    if (held[i].shape(0) != want.rows || held[i].shape(1) != want.cols)
-      throw std::invalid_argument("encode_expert: matrix " + std::to_string(i) + " must be [" +
-                                  std::to_string(want.rows) + ", " + std::to_string(want.cols) +
-                                  "] to fit matrix 0, got " + shape_text(held[i]));
+    if (want.cols % codes_per_byte)
+      throw std::invalid_argument("encode_expert: mxfp4 needs an even intermediate size, got " +
+                                  std::to_string(want.cols));
+    check_shape(held[i], "matrix " + std::to_string(i), want.rows, want.cols / codes_per_byte,
+                "to fit matrix 0");
+  }
+  for (size_t i = 0; i < scales.size(); ++i) {
+    const MatrixGeometry shape = g.matrix(static_cast<int>(i));
+    const bool fp8 = type == ExactType::fp8;
+    held.push_back(source_array(scales[i], fp8 ? 32 : 8, "scales"));
+    source.scales[i] = held.back().data();
+    check_shape(held.back(), "scales " + std::to_string(i), fp8 ? shape.row_tiles() : shape.rows,
+                fp8 ? shape.groups() : shape.col_blocks(),
+                fp8 ? "(16 rows x 128 columns each)" : "(32 columns each)");
   }
   for (size_t i = 0; i < biases.size(); ++i) {
-    held.push_back(source_array(biases[i], dtype, "biases"));
+    held.push_back(source_array(biases[i], 8 * dtype_bytes(g.exact_bias_dtype()), "biases"));
     source.biases[i] = held.back().data();
     const int64_t rows = g.matrix(static_cast<int>(i)).rows;
     if (held.back().ndim() != 1 || held.back().shape(0) != rows)
@@ -223,6 +252,10 @@ void bind_codec(py::module_& m) {
            [](const ExpertGeometry& g, int matrix) {
              return g.exact_bias_offset(check_below(matrix, g.num_matrices(), "matrix"));
            })
+      .def("exact_scales_offset",
+           [](const ExpertGeometry& g, int matrix) {
+             return g.exact_scales_offset(check_below(matrix, g.num_matrices() + 1, "matrix"));
+           })
       .def("blocks_offset",
            [](const ExpertGeometry& g, int record, int matrix) {
              return g.blocks_offset(check_below(record, kNumRecords, "record"),
@@ -250,6 +283,7 @@ void bind_codec(py::module_& m) {
   m.attr("NUM_RECORDS") = kNumRecords;
   m.def("encode_expert", &encode_expert_py, py::arg("matrices"), py::arg("biases"),
         py::arg("exact_dtype"), py::arg("gated"), py::arg("out") = py::none(),
+        py::arg("scales") = py::list(),
         "Payloads of one expert's records, as uint8 arrays: those of `out`, or new ones.");
 }
 

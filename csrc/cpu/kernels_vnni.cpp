@@ -352,18 +352,74 @@ void multiply_bits8(const RunArgs& args) {
 // 82% both ways).
 constexpr int kHardwareRows = 2;
 
+// ---- codes ------------------------------------------------------------------------------------
+
+// decode_block to bf16; what could meet numbers under 2^-126 or over 2^127 is left to it.
+inline void decode_fp8(const uint8_t* block, float scale, uint8_t* out) {
+  // The code's bits are those of an fp16 number that is 2^8 times too small.
+  const __m512 scales = _mm512_set1_ps(scale * 256.0f);
+  for (int p = 0; p < kBlockCols / 2; ++p) {
+    const __m256i codes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(block + 32 * p));
+    const __m512i halves = _mm512_and_si512(_mm512_slli_epi16(_mm512_cvtepi8_epi16(codes), 7),
+                                            _mm512_set1_epi16(static_cast<int16_t>(0xbf80)));
+    const __m512 low = _mm512_cvtph_ps(_mm512_castsi512_si256(halves));
+    const __m512 high = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(halves, 1));
+    const __m512bh both =
+        _mm512_cvtne2ps_pbh(_mm512_mul_ps(high, scales), _mm512_mul_ps(low, scales));
+    _mm512_store_si512(out + 64 * p, (__m512i)both);
+  }
+}
+
+inline void decode_mxfp4(const uint8_t* block, __m128i scales, uint8_t* out) {
+  // bf16 of 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives, twice: vpermw looks at five bits, of
+  // which the fifth belongs to the next code.
+  const __m512i table = _mm512_broadcast_i64x4(_mm256_setr_epi16(
+      0x0000, 0x3f00, 0x3f80, 0x3fc0, 0x4000, 0x4040, 0x4080, 0x40c0, static_cast<int16_t>(0x8000),
+      static_cast<int16_t>(0xbf00), static_cast<int16_t>(0xbf80), static_cast<int16_t>(0xbfc0),
+      static_cast<int16_t>(0xc000), static_cast<int16_t>(0xc040), static_cast<int16_t>(0xc080),
+      static_cast<int16_t>(0xc0c0)));
+  // A power of two is added to the exponent, of numbers that are not 0.
+  const __m512i wide = _mm512_cvtepu8_epi32(scales);
+  const __m512i pairs = _mm512_or_si512(wide, _mm512_slli_epi32(wide, 16));
+  const __m512i exponents = _mm512_slli_epi16(_mm512_sub_epi16(pairs, _mm512_set1_epi16(127)), 7);
+  for (int v = 0; v < 4; ++v) {
+    __m512i codes = _mm512_loadu_si512(block + 64 * v);
+    for (int j = 0; j < 4; ++j, codes = _mm512_srli_epi16(codes, 4)) {
+      const __m512i w = _mm512_permutexvar_epi16(codes, table);
+      const __mmask32 some = _mm512_test_epi16_mask(w, _mm512_set1_epi16(0x7fff));
+      _mm512_store_si512(out + 64 * (4 * v + j), _mm512_mask_add_epi16(w, some, w, exponents));
+    }
+  }
+}
+
+inline void decode_block_vnni(ExactType type, const uint8_t* block, const uint8_t* scales, DType to,
+                              uint8_t* out) {
+  if (to == DType::bf16 && type == ExactType::fp8) {
+    float scale;
+    std::memcpy(&scale, scales, 4);
+    const float size = scale < 0 ? -scale : scale;
+    if (size == 0 || (size > 0x1p-100f && size < 0x1p100f)) return decode_fp8(block, scale, out);
+  }
+  if (to == DType::bf16 && type == ExactType::mxfp4) {
+    const __m128i rows = _mm_loadu_si128(reinterpret_cast<const __m128i*>(scales));
+    const __m128i offset = _mm_sub_epi8(rows, _mm_set1_epi8(2));  // 2..252 keep all values normal
+    if (_mm_cmple_epu8_mask(offset, _mm_set1_epi8(static_cast<char>(250))) == 0xffff)
+      return decode_mxfp4(block, rows, out);
+  }
+  decode_block(type, block, scales, to, out);
+}
+
 // Exact bf16 times bf16: 16 rows x 2 columns an instruction. Two sums, as one would wait for its
 // latency.
 template <int R>
 void multiply_bf16(const RunArgs& args) {
-  BlockCursor cursor(args);
+  ExactBlocks<decode_block_vnni> blocks(args);
   Prefetcher prefetcher(args);
   for (int64_t tile = 0, index = 0; tile < args.num_tiles; ++tile) {
     __m512 even[R], odd[R];
     for (int r = 0; r < R; ++r) even[r] = odd[r] = _mm512_setzero_ps();
     for (int64_t k = 0; k < args.col_blocks; ++k, ++index) {
-      cursor.at(index);
-      const uint8_t* block = cursor.plane(0, index, 1024);
+      const uint8_t* block = blocks.at(index);
       for (int p = 0; p < 16; p += 2) {
         if constexpr (R > kHardwareRows) prefetcher.step<2>();
         const auto w0 = (__m512bh)_mm512_loadu_si512(block + 64 * p);
@@ -384,15 +440,13 @@ void multiply_bf16(const RunArgs& args) {
 // Exact weights of any type in fp32. Pair p of a block: columns 2p (even sum) and 2p + 1 (odd sum).
 template <DType D, int R>
 void multiply_exact(const RunArgs& args) {
-  constexpr int kPairBytes = D == DType::fp32 ? 128 : 64;
-  BlockCursor cursor(args);
+  ExactBlocks<decode_block_vnni> blocks(args);
   Prefetcher prefetcher(args);
   for (int64_t tile = 0, index = 0; tile < args.num_tiles; ++tile) {
     __m512 even[R], odd[R];
     for (int r = 0; r < R; ++r) even[r] = odd[r] = _mm512_setzero_ps();
     for (int64_t k = 0; k < args.col_blocks; ++k, ++index) {
-      cursor.at(index);
-      const uint8_t* block = cursor.plane(0, index, 16 * kPairBytes);
+      const uint8_t* block = blocks.at(index);
       for (int p = 0; p < 16; ++p) {
         if constexpr (R > kHardwareRows) prefetcher.step<D == DType::fp32 ? 2 : 1>();
         __m512 w0, w1;
@@ -436,7 +490,7 @@ void multiply_rows(const RunArgs& args) {
       break;
   }
   if (args.layout.form == Form::bf16) return multiply_bf16<R>(args);
-  switch (args.exact_dtype) {
+  switch (args.value_dtype) {
     case DType::fp32:
       return multiply_exact<DType::fp32, R>(args);
     case DType::bf16:
@@ -491,7 +545,8 @@ void unpack_tile_vnni(const RunArgs& args, int64_t num_rows, int64_t cols, void*
     case Level::bits8:
       return unpack_tile_with(args, num_rows, cols, out, out_dtype, ld, store_values<Level::bits8>);
     case Level::exact:
-      return unpack_tile(args, num_rows, cols, out, out_dtype, ld);
+      return unpack_tile_with<decode_block_vnni>(args, num_rows, cols, out, out_dtype, ld,
+                                                 store_values<Level::bits2>);
   }
 }
 

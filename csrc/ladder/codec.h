@@ -9,9 +9,14 @@
 
 namespace comoe {
 
+// All row-major and contiguous.
 struct ExpertSource {
-  const void* matrices[kMaxMatrices] = {};  // row-major, contiguous, of geometry.exact_dtype
-  const void* biases[kMaxMatrices] = {};  // [rows] of the same dtype; read only if geometry.biased
+  // [rows, cols] elements or fp8 codes of geometry.exact_dtype. mxfp4: [rows, cols / 2] bytes, the
+  // even column in bits 3..0; cols must be even.
+  const void* matrices[kMaxMatrices] = {};
+  const void* biases[kMaxMatrices] = {};  // [rows] of exact_bias_dtype(); only if geometry.biased
+  // Only of codes. fp8: fp32 [row_tiles, groups]; mxfp4: u8 [rows, col_blocks].
+  const void* scales[kMaxMatrices] = {};
 };
 
 // payloads[r]: geometry.record_bytes(r) bytes, all of which are written. Work is shared by row
