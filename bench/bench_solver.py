@@ -28,7 +28,7 @@ def make(experts: int, options: int, limits: int, shared: bool, seed: int = 0) -
     loss = use * np.exp(-0.7 * bits) * rng.uniform(0.8, 1.2, bits.shape)
     reads = use * bits[:, ::-1] * rng.uniform(0.8, 1.2, bits.shape)
     cost = np.stack([bits, reads])[:limits]
-    totals = np.array([4.0 * experts, 0.6 * reads.mean(1).sum()])[:limits]
+    totals = np.array([4.0 * experts, 0.85 * reads.mean(1).sum()])[:limits]
     fields = {}
     if shared:  # the second option of each of eight neighbours adds to one base
         ids = np.full((experts, options, 1), -1)

@@ -236,6 +236,9 @@ class _Shared:
         self.ids, self.cost = ids, cost  # [X, O, M], [R, S]
         self.rows = np.flatnonzero((ids >= 0).any((1, 2)))
         self.row_ids = ids[self.rows]
+        # Where no expert knows two of them, whether one pays does not depend on the others.
+        known = np.where(self.row_ids >= 0, self.row_ids, self.row_ids.max((1, 2), keepdims=True))
+        self.independent = bool((known == known.max((1, 2), keepdims=True)).all())
 
     @classmethod
     def of(cls, problem: Problem, shape: tuple, offered: np.ndarray) -> _Shared | None:
@@ -266,14 +269,14 @@ class _Shared:
                 users = np.flatnonzero(ids >= 0)
                 without = (self.row_ids[users] == ids[users, None, None]).any(2)
                 other = np.where(without, np.inf, part[users]).min(1)
-                np.add.at(saved, ids[users], other - best[users])
+                saved += np.bincount(ids[users], other - best[users], minlength=price.size)
             in_use = np.unique(mine[mine >= 0])
             waste = in_use[saved[in_use] < price[in_use]]
             if not waste.size:
                 choice[self.rows] = chosen
                 return choice
             order = np.argsort(saved[waste] / price[waste], kind="stable")
-            closed[waste[order[: -(-waste.size // 2)]]] = True
+            closed[waste[order[: waste.size if self.independent else -(-waste.size // 2)]]] = True
             banned = (closed[self.row_ids] & (self.row_ids >= 0)).any(2)
             part = np.where(banned, np.inf, part)
 
