@@ -59,6 +59,11 @@ class CodedMatrix:
             raise ValueError(
                 f"CodedMatrix: page_bytes: expected a multiple of 4096, got {self.page_bytes}"
             )
+        if self.pages.shape[2] * self.page_bytes >= 1 << 31:
+            raise ValueError(
+                f"CodedMatrix: pages: expected records under 2 GiB, got {self.pages.shape[2]} pages of "
+                f"{self.page_bytes:,} bytes"
+            )
         if len(self.block_offsets) != planes:
             raise ValueError(
                 f"CodedMatrix: block_offsets: expected {planes}, got {len(self.block_offsets)}"
@@ -110,7 +115,9 @@ def _plane(pages, page_bytes, offset, number, present, lane_row, BITS: tl.conste
     """Codes of one plane's blocks `number` [ROWS], int32 [ROWS, 32]; 0 where a block is not `present`."""
     WORDS: tl.constexpr = BITS  # of a row in one block
     COLS: tl.constexpr = 32 // BITS  # columns of a word
-    at = offset + number.to(tl.int64) * (64 * BITS)  # a block never straddles a page
+    at = offset + number * (
+        64 * BITS
+    )  # in 32 bits: division of 64 is a subroutine. A block has one page
     address = tl.load(pages + at // page_bytes, mask=present, other=0) + at % page_bytes
     address = address[:, None] + (tl.arange(0, WORDS) * 64)[None, :] + (lane_row * 4)[:, None]
     words = tl.load(address.to(tl.pointer_type(tl.int32)), mask=present[:, None], other=0)
@@ -136,7 +143,7 @@ def group_params(
     columns 128 * group ..."""
     row = first_row + tl.arange(0, ROWS)
     valid = row < rows
-    at = params_offset + ((row // 16).to(tl.int64) * ((cols + 127) // 128) + group) * 32 + row % 16
+    at = params_offset + ((row // 16) * ((cols + 127) // 128) + group) * 32 + row % 16
     params = tl.load(pages + at // page_bytes, mask=valid, other=0) + at % page_bytes
     params = params.to(tl.pointer_type(tl.uint8))
     scale_q = tl.load(params, mask=valid, other=0).to(tl.float32)

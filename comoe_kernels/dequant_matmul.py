@@ -28,7 +28,7 @@ from comoe_kernels.coded_matrix import CodedMatrix, coded_block, group_params
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Rows of x, outputs and warps of a program. Decode: more programs, each with less to unpack. Prefill: each
 # unpacked tile serves 64 rows.
-DECODE, PREFILL = (16, 32, 4), (64, 64, 8)
+DECODE, PREFILL = (16, 32, 8), (64, 64, 8)
 
 
 def dequant_matmul_ref(

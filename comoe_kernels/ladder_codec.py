@@ -48,7 +48,7 @@ EXACT_BITS = (32, 16, 16, 8, 4)
 
 _BLOCK_BYTES = (128, 64, 64, 256)  # of records 0..3, one 16 x 32 block
 _PARAMS_BYTES = 32
-HEADER = np.dtype(
+_HEADER = np.dtype(
     [
         ("log2_min", "<f4"),
         ("log2_step", "<f4"),
@@ -85,7 +85,7 @@ class CodedShape:
         return tiles * col_blocks
 
     def bias_offset(self, m: int) -> int:
-        return len(self.matrices) * HEADER.itemsize + sum(
+        return len(self.matrices) * _HEADER.itemsize + sum(
             _up(rows * 4, 64) for rows, _ in self.matrices[:m]
         )
 
@@ -251,7 +251,7 @@ def decode_coded_ref(shape: CodedShape, planes: Planes, m: int) -> np.ndarray:
     rows, cols = shape.matrices[m]
     tiles, _, groups = shape.tiles(m)
     head = planes[0][0]
-    header = head[m * HEADER.itemsize : (m + 1) * HEADER.itemsize].view(HEADER)[0]
+    header = head[m * _HEADER.itemsize : (m + 1) * _HEADER.itemsize].view(_HEADER)[0]
     at = shape.params_offset(m)
     params = head[at : at + tiles * groups * _PARAMS_BYTES].reshape(tiles, groups, 2, BLOCK_ROWS)
     per_row = params.transpose(2, 0, 3, 1).reshape(2, tiles * BLOCK_ROWS, groups)

@@ -28,7 +28,7 @@ from comoe_kernels.dequant_matmul import add_group, check_rows, dequant_matmul, 
 
 MAX_RANK = 128  # of one delta: U's columns are one group
 SPLIT_K = 8  # programs that share the columns of V
-BLOCK_T, ROW_BLOCK, NUM_WARPS = 16, 32, 8  # rows and outputs of a program; 4 warps would spill
+BLOCK_T, ROW_BLOCK, NUM_WARPS = 16, 16, 4  # rows of x, outputs and warps of a program
 
 
 def merged_lowrank_matmul_ref(

@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from comoe_kernels.ladder_codec import _HEADER as HEADER
 from comoe_kernels.ladder_codec import (
     BLOCK_COLS,
     BLOCK_ROWS,
     GROUP_COLS,
-    HEADER,
     LEVEL_BITS,
     Shape,
     codes_ref,

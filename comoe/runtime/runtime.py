@@ -14,7 +14,7 @@ from comoe.policy.curve import Curve, CurvePlanner
 from comoe.policy.plan import EvenPlanner, Plan, Planner
 from comoe.policy.predictor import NoPredictor, Predictor, PrefetchGauge
 from comoe.policy.upgrades import RecentUse, UpgradePolicy
-from comoe.runtime.budget import EXPERT_ROWS, Budget, ModelSizes
+from comoe.runtime.budget import EXPERT_ROWS, LONG_STEP, Budget, ModelSizes, Step
 from comoe.runtime.engine import (
     Records,
     RecordTable,
@@ -76,6 +76,11 @@ class Runtime:
         self._closed = False
         self._calm = 0
         self._step = 0
+        self._keeps_freed = True
+        self._per_layer = (
+            0  # bytes that the pass that runs may take from one layer's experts to the next
+        )
+        self._kv_held: Callable[[], int] = int  # bytes of the KV cache last seen
         use_own_threads()
         if config.threads:
             _C.set_num_threads(config.threads)
@@ -132,6 +137,11 @@ class Runtime:
             )
         spec = self.specs[layer_idx]
         tokens, k = top_k_index.shape
+        # An encoder runs before its model's own pass begins.
+        per_layer = max(self._per_layer, tokens * self.budget.sizes.activations_per_token)
+        if per_layer >= LONG_STEP:
+            with self._lock:
+                self._govern(per_layer, self.engine.stats(), within=True)
         if hidden.device.type != "cpu" or hidden.dtype not in DTYPES:
             raise ValueError(
                 "experts_forward: expected hidden states in float32, bfloat16 or float16 on the CPU, "
@@ -193,14 +203,22 @@ class Runtime:
 
     # ---- budget ---------------------------------------------------------------------------------
 
-    def begin_step(self, batch: int, tokens: int, logits: int) -> None:
-        """Called before every forward pass over [batch, tokens] that ends in `logits` positions of
-        logits: keeps the promise of memory, and lets experts used last climb."""
+    def begin_step(self, step: Step, kv_held: Callable[[], int] = int) -> None:
+        """Called before every forward pass: keeps the promise of memory, and lets experts used last
+        climb. kv_held: tells, now and later, the bytes of the KV cache that the pass extends.
+
+        Raises BudgetError, and leaves the model usable, when the pass cannot be kept within `memory`.
+        """
         if self._closed:
             return
         with self._lock:
+            self._kv_held = kv_held
+            self.budget.check(step, kv_held())
+            workspace = self.budget.sizes.workspace(step)
+            self._per_layer = workspace - self.budget.sizes.new_kv(step)
             engine = self.engine.stats()
-            self._govern(self.budget.sizes.workspace(batch, tokens, logits), engine)
+            self._govern(workspace, engine)
+            self._keep_freed(workspace < LONG_STEP or not self._lent())
             self.gauge.note_step(
                 engine["prefetch_bytes"],
                 engine["prefetch_used_bytes"] + engine["prefetch_joined_bytes"],
@@ -222,10 +240,12 @@ class Runtime:
             self.budget.memory = parse_bytes(size)
             try:
                 plan = self._make_plan()
+                self.budget.check(Step(1, 1), self._kv_held())
             except ValueError:
                 self.budget.memory = before
                 raise
             self._install(plan)
+            self._govern(0, self.engine.stats(), within=True)
             return self.describe()
 
     def _make_plan(self, pool_bytes: int | None = None) -> Plan:
@@ -243,15 +263,19 @@ class Runtime:
             self.store_sizes, slabs * self._slab_bytes, exact=self.config.exact
         )
 
-    def _govern(self, coming: int, stats: dict) -> None:
-        """Lends pool memory to the rest of the process, and takes it back once it is calm."""
+    def _govern(self, coming: int, stats: dict, *, within: bool = False) -> None:
+        """Lends pool memory to the rest of the process, of which `coming` bytes are about to be taken,
+        and takes it back once some passes were calm (not `within` one)."""
         planned = self._make_plan().pool_bytes
-        allowed = self.budget.allowed_pool(memory.rss(), stats["resident_bytes"], coming)
+        allowed = self._allowed_pool(coming, stats)
+        if allowed < self.plan.pool_bytes or (self._lent() and self._step % CALM_STEPS == 0):
+            memory.give_back_free()
+            allowed = self._allowed_pool(coming, stats)
         target = max(min(planned, allowed), self._least_pool())
         if target < self.plan.pool_bytes:
             self._calm = 0
             self._install(self._make_plan(target))
-        elif target > self.plan.pool_bytes:
+        elif target > self.plan.pool_bytes and not within:
             self._calm += 1
             if self._calm >= CALM_STEPS:
                 self._calm = 0
@@ -261,6 +285,17 @@ class Runtime:
         """Bytes of pool, in whole slabs, that the present plan can work with."""
         slabs = -(-self.store_sizes.largest(self.plan.min_level) // self._slab_bytes)
         return max(slabs * self._slab_bytes, self.engine.minimum_budget())
+
+    def _lent(self) -> bool:
+        return self.plan.pool_bytes < self._make_plan().pool_bytes
+
+    def _keep_freed(self, keep: bool) -> None:
+        if keep != self._keeps_freed:
+            self._keeps_freed = keep
+            memory.keep_freed(keep)
+
+    def _allowed_pool(self, coming: int, stats: dict) -> int:
+        return self.budget.allowed_pool(memory.rss(), stats["resident_bytes"], coming)
 
     def _install(self, plan: Plan) -> None:
         """Makes `plan` true: levels at once, then memory given back or taken, then what to load."""
@@ -345,6 +380,7 @@ class Runtime:
         with self._lock:
             if not self._closed:
                 self._closed = True
+                self._keep_freed(True)
                 self.engine.close()
                 if self._on_close:
                     self._on_close()
