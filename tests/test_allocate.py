@@ -86,11 +86,11 @@ def test_the_store_holds_what_was_measured(packed, aggregated):
 def _same(found, expected) -> None:
     if isinstance(expected, Expert):
         for a, b in zip(found.matrices, expected.matrices, strict=True):
-            assert torch.equal(a, b)
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)  # one decodes in C
     elif expected is None:
         assert found is None
     else:
-        assert torch.equal(found, expected)
+        torch.testing.assert_close(found, expected)
 
 
 def test_losses_and_curve_are_in_order(aggregated):

@@ -56,7 +56,9 @@ class Sweep:
         self.use = np.concatenate([s.use for s in self.statistics])
         self.methods: dict[str, Callable[[float], Setting | None]] = {
             "plain bits": functools.partial(self.even, PLAIN),
-            "calibrated bits": functools.partial(self.even, CALIBRATED),
+            "calibrated bits": functools.partial(
+                self.even, [name for name in CALIBRATED if name in self.levels]
+            ),
             "m-smoe": functools.partial(self.merged, "m-smoe", 16),
             "hc-smoe": functools.partial(self.merged, "hc-smoe", 16),
             "ream": functools.partial(self.merged, "ream", 16),
