@@ -371,9 +371,9 @@ inline void decode_block_vnni(ExactType type, const uint8_t* block, const uint8_
 
 // Exact bf16 times bf16: 16 rows x 2 columns an instruction. Two sums, as one would wait for its
 // latency.
-template <int R>
+template <class Blocks, int R>
 void multiply_bf16(const RunArgs& args) {
-  ExactBlocks<decode_block_vnni> blocks(args);
+  Blocks blocks(args);
   Prefetcher prefetcher(args);
   for (int64_t tile = 0, index = 0; tile < args.num_tiles; ++tile) {
     __m512 even[R], odd[R];
@@ -398,9 +398,9 @@ void multiply_bf16(const RunArgs& args) {
 }
 
 // Exact weights of any type in fp32. Pair p of a block: columns 2p (even sum) and 2p + 1 (odd sum).
-template <DType D, int R>
+template <DType D, class Blocks, int R>
 void multiply_exact(const RunArgs& args) {
-  ExactBlocks<decode_block_vnni> blocks(args);
+  Blocks blocks(args);
   Prefetcher prefetcher(args);
   for (int64_t tile = 0, index = 0; tile < args.num_tiles; ++tile) {
     __m512 even[R], odd[R];
@@ -435,6 +435,14 @@ void multiply_exact(const RunArgs& args) {
   }
 }
 
+using CodedBlocks = ExactBlocks<decode_block_vnni>;
+
+template <DType D, int R>
+void multiply_values(const RunArgs& args) {
+  if (is_coded(args.exact_dtype)) return multiply_exact<D, CodedBlocks, R>(args);
+  multiply_exact<D, PlainBlocks<D>, R>(args);
+}
+
 template <int R>
 void multiply_rows(const RunArgs& args) {
   switch (args.level) {
@@ -449,14 +457,16 @@ void multiply_rows(const RunArgs& args) {
     case Level::exact:
       break;
   }
-  if (args.layout.form == Form::bf16) return multiply_bf16<R>(args);
+  if (args.layout.form == Form::bf16)
+    return is_coded(args.exact_dtype) ? multiply_bf16<CodedBlocks, R>(args)
+                                      : multiply_bf16<PlainBlocks<DType::bf16>, R>(args);
   switch (args.value_dtype) {
     case DType::fp32:
-      return multiply_exact<DType::fp32, R>(args);
+      return multiply_values<DType::fp32, R>(args);
     case DType::bf16:
-      return multiply_exact<DType::bf16, R>(args);
+      return multiply_values<DType::bf16, R>(args);
     case DType::fp16:
-      return multiply_exact<DType::fp16, R>(args);
+      return multiply_values<DType::fp16, R>(args);
   }
 }
 

@@ -160,13 +160,13 @@ void multiply_quantised(const RunArgs& args) {
 }
 
 // Exact weights in fp32, R rows at a time so that the sums stay in registers.
-template <class V, DType D, int R>
+template <class V, DType D, class Blocks, int R>
 void multiply_exact(const RunArgs& args, int first_row) {
   using I = typename V::I;
   using F = typename V::F;
   constexpr int kParts = 64 / V::kBytes, kPartRows = kBlockRows / kParts;
   constexpr int kPairBytes = D == DType::fp32 ? 128 : 64;
-  ExactBlocks blocks(args);
+  Blocks blocks(args);
   Prefetcher prefetcher(args);
   for (int64_t tile = 0, block = 0; tile < args.num_tiles; ++tile) {
     F even[R][kParts], odd[R][kParts];
@@ -209,12 +209,18 @@ void multiply_exact(const RunArgs& args, int first_row) {
   }
 }
 
-template <class V, DType D>
-void multiply_exact_rows(const RunArgs& args) {
+template <class V, DType D, class Blocks>
+void multiply_exact_blocks(const RunArgs& args) {
   int r = 0;
   for (; r + V::kExactRows <= args.num_rows; r += V::kExactRows)
-    multiply_exact<V, D, V::kExactRows>(args, r);
-  for (; r < args.num_rows; ++r) multiply_exact<V, D, 1>(args, r);
+    multiply_exact<V, D, Blocks, V::kExactRows>(args, r);
+  for (; r < args.num_rows; ++r) multiply_exact<V, D, Blocks, 1>(args, r);
+}
+
+template <class V, DType D>
+void multiply_exact_rows(const RunArgs& args) {
+  if (is_coded(args.exact_dtype)) return multiply_exact_blocks<V, D, ExactBlocks<>>(args);
+  multiply_exact_blocks<V, D, PlainBlocks<D>>(args);
 }
 
 template <class V>
