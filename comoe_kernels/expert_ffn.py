@@ -38,6 +38,7 @@ from comoe_kernels.unpack import (
     row_stride,
     unpack,
     unpack_bias,
+    unpack_mean,
 )
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "quick_gelu", "swigluoai")
@@ -305,10 +306,15 @@ def expert_ffn_prefill(
         return result.add_(unpack_bias(expert, matrix).to(v.dtype)) if expert.biased else result
 
     inter, last = expert.intermediate, expert.num_matrices - 1
-    if apply_gate is not None:
-        hidden = apply_gate(torch.cat([linear(x, m, inter) for m in range(last)], dim=-1))
+    if not expert.has_matrices:  # a mean alone
+        result = x.new_zeros(x.shape)
     else:
-        gate = linear(x, 0, inter) if expert.gated else None
-        hidden = activate_ref(gate, linear(x, last - 1, inter), activation, alpha, limit)
-    result = linear(hidden.to(x.dtype), last, expert.hidden)
+        if apply_gate is not None:
+            hidden = apply_gate(torch.cat([linear(x, m, inter) for m in range(last)], dim=-1))
+        else:
+            gate = linear(x, 0, inter) if expert.gated else None
+            hidden = activate_ref(gate, linear(x, last - 1, inter), activation, alpha, limit)
+        result = linear(hidden.to(x.dtype), last, expert.hidden)
+    if expert.has_mean:
+        result = result + unpack_mean(expert).to(x.dtype)
     return result if post_norm is None else post_norm(result)

@@ -107,6 +107,13 @@ def unpack_bias(expert: _C.PagedExpert, matrix: int) -> torch.Tensor:
     return out
 
 
+def unpack_mean(expert: _C.PagedExpert) -> torch.Tensor:
+    """What is added to the expert's output, float32 [H]; zeros without a mean."""
+    out = torch.empty(expert.hidden)
+    _C.unpack_mean(expert, out.data_ptr())
+    return out
+
+
 def row_stride(tensor: torch.Tensor) -> int:
     """Elements from row to row; a single row may carry any stride in torch."""
     return tensor.stride(0) if tensor.shape[0] > 1 else max(tensor.shape[1], 1)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from store_helpers import SPEC, tiny_expert, write_tiny_store
 
+from comoe import _C
 from comoe.store import Store
 from comoe_kernels import ladder_codec as codec
 
@@ -186,6 +187,71 @@ def test_a_reader_made_from_the_page_gets_the_same_weights(tmp_path, spec):
             at = 64 * len(reader.shapes)
             first = struct.unpack_from(f"<{spec.intermediate}f", payloads[0], at)
             np.testing.assert_array_equal(np.float32(first), codec.bias_ref(shape, arrays, 0, 0))
+
+
+class PlainSet:
+    """One record that begins a code set, over any list of matrices, read as the page says."""
+
+    def __init__(self, payload, shapes, bits, biases=()):
+        self.payload, self.shapes = bytes(payload), shapes
+        self.bits, self.biases = bits, biases
+        self.counts = [(up(r, 16) // 16, up(c, 32) // 32, up(c, 128) // 128) for r, c in shapes]
+
+    def params_at(self, m):
+        at = 64 * len(self.shapes) + sum(up(4 * rows, 64) for rows in self.biases)
+        return at + sum(32 * tiles * groups for tiles, _, groups in self.counts[:m])
+
+    def blocks_at(self, plane):
+        blocks = sum(tiles * cols for tiles, cols, _ in self.counts)
+        at = up(self.params_at(len(self.shapes)), 128)
+        for size, following in ((128, 64), (64, 64), (64, 256))[:plane]:
+            at = up(at + blocks * size, following)
+        return at
+
+    def weight(self, m, row, col):
+        lane, q = 4 * (row % 16) + col % 4, col % 32 // 4
+        _, cols, groups = self.counts[m]
+        before = sum(t * c for t, c, _ in self.counts[:m]) + row // 16 * cols + col // 32
+
+        def byte(plane, v):
+            size = (128, 64, 64, 256)[plane]
+            return self.payload[self.blocks_at(plane) + size * before + 64 * v + lane]
+
+        code = (byte(0, q // 4) >> 2 * (q % 4) & 3) << 6
+        if self.bits >= 3:
+            code |= (byte(1, 0) >> q & 1) << 5
+        if self.bits >= 4:
+            code |= (byte(2, 0) >> q & 1) << 4
+        if self.bits == 8:
+            code |= byte(3, q // 2) >> 4 * (q % 2) & 15
+        log2_min, log2_step, *tables = struct.unpack_from("<ff4B8B16B", self.payload, 64 * m)
+        table = {2: tables[:4], 3: tables[4:12], 4: tables[12:], 8: range(256)}[self.bits]
+        params = self.params_at(m) + 32 * (row // 16 * groups + col // 128)
+        scale_q, zero = (self.payload[params + 16 * i + row % 16] for i in (0, 1))
+        return 2.0 ** (log2_min + log2_step * scale_q) * (table[code >> (8 - self.bits)] - zero)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_a_code_set_and_low_rank_factors_read_as_the_page_says(bits):
+    rng = np.random.default_rng(bits)
+    shapes = [(37, 131), (131, 37)]  # ungated: up, down
+    sources = [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
+    biases = [rng.standard_normal(rows).astype(np.float32) for rows, _ in shapes]
+    coded = PlainSet(_C.encode_coded(sources, biases, bits), shapes, bits, [37, 131])
+    factors = [(rng.standard_normal((r, 5)), rng.standard_normal((5, c))) for r, c in shapes]
+    payload, ranks = codec.encode_low_rank(factors, bits)
+    low = PlainSet(payload, [(5, 131), (37, 5), (5, 37), (131, 5)], bits)
+    shape = codec.Shape(131, 37, gated=False, biased=True)
+    chain = [(np.asarray(coded.payload), bits)]
+    for m, (rows, cols) in enumerate(shapes):
+        wanted = codec.decode_coded_ref(shape.coded, codec.chain_planes(chain), m)
+        delta = codec.low_rank_ref(shape, payload, ranks, m, bits)
+        for row, col in [(0, 0), (rows - 1, cols - 1)] + [
+            (int(rng.integers(rows)), int(rng.integers(cols))) for _ in range(30)
+        ]:
+            assert coded.weight(m, row, col) == pytest.approx(wanted[row, col], rel=1e-5, abs=1e-7)
+            got = sum(low.weight(2 * m + 1, row, k) * low.weight(2 * m, k, col) for k in range(5))
+            assert got == pytest.approx(delta[row, col], rel=1e-4, abs=1e-5)
 
 
 def test_a_store_made_by_hand_from_the_page_is_read(tmp_path):

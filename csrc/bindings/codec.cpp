@@ -1,6 +1,7 @@
 // The ladder codec, and the geometry of an expert.
 #include "../ladder/codec.h"
 
+#include <algorithm>
 #include <string>
 #include <utility>
 #include <vector>
@@ -142,6 +143,82 @@ static py::list encode_expert_py(const py::list& matrices, const py::list& biase
   return payloads;
 }
 
+static int planes_of(int bits, const char* what) {
+  const int depth = depth_of_bits(bits);
+  if (depth < 0)
+    throw std::invalid_argument(std::string(what) + ": bits must be 0, 2, 3, 4 or 8, got " +
+                                std::to_string(bits));
+  return depth;
+}
+
+static int set_planes_of(int bits, const char* what) {
+  const int planes = planes_of(bits, what);
+  if (planes == 0)
+    throw std::invalid_argument(std::string(what) + ": bits must be 2, 3, 4 or 8, got 0");
+  return planes;
+}
+
+static int64_t coded_bytes(const ExpertGeometry& g, int from_bits, int to_bits) {
+  const int first = planes_of(from_bits, "coded_bytes"), end = planes_of(to_bits, "coded_bytes");
+  if (first >= end) throw std::invalid_argument("coded_bytes: from_bits must be less than to_bits");
+  return coded_layout(g).record_bytes(first, end);
+}
+
+static CodedLayout low_rank_layout_of(const ExpertGeometry& g, const std::vector<int>& ranks) {
+  if (static_cast<int>(ranks.size()) != g.num_matrices())
+    throw std::invalid_argument("low rank: expected one rank per matrix (" +
+                                std::to_string(g.num_matrices()) + "), got " +
+                                std::to_string(ranks.size()));
+  uint16_t checked[kMaxMatrices] = {};
+  for (int m = 0; m < g.num_matrices(); ++m) {
+    const int64_t most = round_up(std::min(g.matrix(m).rows, g.matrix(m).cols), kBlockCols);
+    if (ranks[m] < 0 || ranks[m] > std::min<int64_t>(most, kMaxRank))
+      throw std::invalid_argument("low rank: rank of matrix " + std::to_string(m) + " [" +
+                                  std::to_string(g.matrix(m).rows) + ", " +
+                                  std::to_string(g.matrix(m).cols) + "] must be in 0.." +
+                                  std::to_string(std::min<int64_t>(most, kMaxRank)) + ", got " +
+                                  std::to_string(ranks[m]));
+    checked[m] = static_cast<uint16_t>(ranks[m]);
+  }
+  return low_rank_layout(g, checked);
+}
+
+// fp32 matrices of any shapes to one record that begins a code set; see codec.h.
+static py::array_t<uint8_t> encode_coded_py(
+    const std::vector<py::array_t<float, py::array::c_style>>& matrices,
+    const std::vector<py::array_t<float, py::array::c_style>>& biases, int bits) {
+  const auto fail = [](const std::string& text) {
+    throw std::invalid_argument("encode_coded: " + text);
+  };
+  const int planes = set_planes_of(bits, "encode_coded");
+  if (matrices.empty() || matrices.size() > kMaxCodedMatrices)
+    fail("expected 1 to " + std::to_string(kMaxCodedMatrices) + " matrices, got " +
+         std::to_string(matrices.size()));
+  if (!biases.empty() && biases.size() != matrices.size())
+    fail("biases must be empty or one per matrix (" + std::to_string(matrices.size()) + "), got " +
+         std::to_string(biases.size()));
+  CodedLayout layout;
+  layout.count = static_cast<int>(matrices.size());
+  layout.biased = !biases.empty();
+  std::vector<const float*> sources, bias_sources;
+  for (size_t m = 0; m < matrices.size(); ++m) {
+    if (matrices[m].ndim() != 2)
+      fail("matrices must be [rows, cols], got shape " + shape_text(matrices[m]));
+    layout.matrices[m] = {matrices[m].shape(0), matrices[m].shape(1)};
+    sources.push_back(matrices[m].data());
+    if (!layout.biased) continue;
+    if (biases[m].ndim() != 1 || biases[m].shape(0) != matrices[m].shape(0))
+      fail("bias " + std::to_string(m) + " must be [" + std::to_string(matrices[m].shape(0)) +
+           "], got " + shape_text(biases[m]));
+    bias_sources.push_back(biases[m].data());
+  }
+  py::array_t<uint8_t> payload(layout.record_bytes(0, planes));
+  uint8_t* to = payload.mutable_data();
+  py::gil_scoped_release release;
+  encode_coded(layout, sources.data(), bias_sources.data(), planes, to);
+  return payload;
+}
+
 void bind_codec(py::module_& m) {
   py::class_<ExpertGeometry>(
       m, "Geometry", "Shape of an expert's ladder: bytes and offsets in its records' payloads.")
@@ -179,10 +256,30 @@ void bind_codec(py::module_& m) {
            [](const ExpertGeometry& g, int matrix) {
              return g.exact_scales_offset(check_below(matrix, g.num_matrices() + 1, "matrix"));
            })
-      .def("blocks_offset", [](const ExpertGeometry& g, int record, int matrix) {
-        return g.blocks_offset(check_below(record, kNumRecords, "record"),
-                               check_below(matrix, g.num_matrices(), "matrix"));
-      });
+      .def("blocks_offset",
+           [](const ExpertGeometry& g, int record, int matrix) {
+             return g.blocks_offset(check_below(record, kNumRecords, "record"),
+                                    check_below(matrix, g.num_matrices(), "matrix"));
+           })
+      .def("coded_bytes", &coded_bytes, py::arg("from_bits"), py::arg("to_bits"),
+           "Payload of a coded record that takes the code from from_bits known bits to to_bits.")
+      .def(
+          "low_rank_bytes",
+          [](const ExpertGeometry& g, const std::vector<int>& ranks, int bits) {
+            return low_rank_layout_of(g, ranks).record_bytes(0,
+                                                             set_planes_of(bits, "low_rank_bytes"));
+          },
+          py::arg("ranks"), py::arg("bits") = 8)
+      .def(
+          "low_rank_params_bytes",
+          [](const ExpertGeometry& g, const std::vector<int>& ranks) {
+            return low_rank_layout_of(g, ranks).plane_offset(0, 0, 0);
+          },
+          py::arg("ranks"))
+      .def_property_readonly("mean_bytes", &mean_bytes);
+  m.attr("MAX_RANK") = kMaxRank;
+  m.def("encode_coded", &encode_coded_py, py::arg("matrices"), py::arg("biases"), py::arg("bits"),
+        "Payload of one record that begins a code set of `bits` bits, of float32 matrices.");
   m.attr("NUM_RECORDS") = kNumRecords;
   m.def("encode_expert", &encode_expert_py, py::arg("matrices"), py::arg("biases"),
         py::arg("exact_dtype"), py::arg("gated"), py::arg("out") = py::none(),

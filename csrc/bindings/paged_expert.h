@@ -21,6 +21,13 @@ struct PagedExpert {
   std::vector<std::vector<const uint8_t*>> pages;
   std::vector<py::object> owners;
 
+  // Level of an expert of one part, -1 of several or of none.
+  int level() const {
+    const bool plain = view.parts.size() == 1 && view.low_rank.empty() && view.means.empty();
+    return plain ? static_cast<int>(view.parts[0].level) : -1;
+  }
+  bool has_matrices() const { return !view.parts.empty() || !view.low_rank.empty(); }
+
   // Of the engine's pages, which a session keeps in place.
   PagedExpert(const ExpertGeometry& geometry, const ExpertView& view)
       : geometry(geometry), view(view) {}
@@ -42,7 +49,7 @@ struct PagedExpert {
     geometry.gated = gated;
     geometry.biased = biased;
     geometry.exact_dtype = static_cast<ExactType>(exact_dtype);
-    view.level = static_cast<Level>(level);
+    PagedBytes records_of_level[kNumRecords];
     pages.resize(kNumRecords);
     for (int r = 0; r < kNumRecords; ++r) {
       const bool needed = level == 4 ? r == 4 : r <= level;
@@ -68,9 +75,10 @@ struct PagedExpert {
                " is not aligned to 64 bytes");
         pages[r].push_back(page);
       }
-      view.records[r] = {pages[r].data(), page_bytes};
+      records_of_level[r] = {pages[r].data(), page_bytes};
       owners.push_back(arena);
     }
+    view = ExpertView(static_cast<Level>(level), records_of_level);
   }
 };
 

@@ -18,6 +18,7 @@ enum class Form : uint8_t {
   bf16,   // exact bf16 weights and bf16 activations
   fp32,   // other exact weights
 };
+constexpr int kForms = 4;
 
 // One row of prepared activations: padded with zeros to P = whole groups, so kernels need no column
 // tails.

@@ -1,6 +1,7 @@
 #include "codec.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <stdexcept>
@@ -201,6 +202,7 @@ void choose_scales(Matrix& m) {
     }
   }
   most = std::max(most, kMinLog2Scale);
+  least = std::min(least, most);  // of a matrix without weights
   least = std::max({least, most - kMaxLog2Span, kMinLog2Scale});
   m.header.log2_min = static_cast<float>(least);
   m.header.log2_step = static_cast<float>((most - least) / 255);
@@ -383,21 +385,25 @@ void write_scales(const Matrix& m, int64_t tile, int64_t bytes, uint8_t* out) {
       *out++ = r < m.tile_rows(tile) ? *m.scale_at(tile * kBlockRows + r, b * kBlockCols) : 127;
 }
 
+// Where the parts of one matrix go; planes and exact elements that are not wanted are null.
+struct Destination {
+  uint8_t* params;
+  uint8_t* planes[kNumPlanes];
+  uint8_t* exact;
+  uint8_t* scales;       // of exact codes
+  int64_t scales_bytes;  // of one row tile
+};
+
 // Codes, parameters, planes and exact blocks of one row tile.
-void encode_tile(const ExpertGeometry& g, int matrix, Matrix& m, int64_t tile,
-                 uint8_t* const payloads[kNumRecords]) {
+void encode_tile(Matrix& m, int64_t tile, const Destination& to) {
   Tile t;
   alignas(64) uint8_t codes[kBlockRows][kGroupCols];
+  alignas(64) uint8_t unwanted[kPlane4BlockBytes];
   double* moments = m.moments.data() + tile * 2 * kBins;
   const int64_t col_blocks = m.shape.col_blocks(), groups = m.shape.groups();
   const int64_t rows = m.tile_rows(tile);
-  uint8_t* params = payloads[0] + g.params_offset(matrix) + tile * groups * kParamsBytes;
-  uint8_t* blocks[kNumRecords];
-  for (int r = 0; r < kNumRecords; ++r)
-    blocks[r] = payloads[r] + g.blocks_offset(r, matrix) + tile * col_blocks * g.block_bytes(r);
-  const int64_t scales_bytes = g.exact_scales_bytes(matrix);
-  write_scales(m, tile, scales_bytes,
-               payloads[4] + g.exact_scales_offset(matrix) + tile * scales_bytes);
+  uint8_t* params = to.params + tile * groups * kParamsBytes;
+  write_scales(m, tile, to.scales_bytes, to.scales + tile * to.scales_bytes);
   for (int64_t group = 0; group < groups; ++group, params += kParamsBytes) {
     const int64_t cols = m.group_cols(group);
     m.load_tile(tile, group, t);
@@ -420,10 +426,15 @@ void encode_tile(const ExpertGeometry& g, int matrix, Matrix& m, int64_t tile,
     }
     const int64_t first = group * kGroupBlocks, last = std::min(first + kGroupBlocks, col_blocks);
     for (int64_t b = first; b < last; ++b) {
-      write_planes(&codes[0][(b - first) * kBlockCols], kGroupCols,
-                   blocks[0] + b * kPlane2BlockBytes, blocks[1] + b * kPlane1BlockBytes,
-                   blocks[2] + b * kPlane1BlockBytes, blocks[3] + b * kPlane4BlockBytes);
-      write_exact(m, tile, b, blocks[4] + b * g.block_bytes(4));
+      const int64_t block = tile * col_blocks + b;
+      uint8_t* planes[kNumPlanes];
+      for (int p = 0; p < kNumPlanes; ++p)
+        planes[p] = to.planes[p] ? to.planes[p] + block * kPlaneBlockBytes[p] : unwanted;
+      write_planes(&codes[0][(b - first) * kBlockCols], kGroupCols, planes[0], planes[1], planes[2],
+                   planes[3]);
+      if (to.exact)
+        write_exact(m, tile, b,
+                    to.exact + block * (kBlockRows * kBlockCols * exact_bits(m.type) / 8));
     }
   }
 }
@@ -495,46 +506,66 @@ void encode_bias(const ExpertGeometry& g, int matrix, const ExpertSource& source
 
 // f(matrix, row tile) for all row tiles of all matrices.
 template <class F>
-void for_each_tile(const ExpertGeometry& g, F&& f) {
-  int64_t first[kMaxMatrices + 1] = {};
-  for (int m = 0; m < g.num_matrices(); ++m) first[m + 1] = first[m] + g.matrix(m).row_tiles();
-  parallel_for(first[g.num_matrices()], 8, [&](int64_t begin, int64_t end, int) {
-    for (int m = 0; m < g.num_matrices(); ++m)
+void for_each_tile(const std::vector<Matrix>& matrices, F&& f) {
+  std::vector<int64_t> first{0};
+  for (const Matrix& m : matrices) first.push_back(first.back() + m.shape.row_tiles());
+  parallel_for(first.back(), 8, [&](int64_t begin, int64_t end, int) {
+    for (size_t m = 0; m < matrices.size(); ++m)
       for (int64_t t = std::max(begin, first[m]); t < std::min(end, first[m + 1]); ++t)
         f(m, t - first[m]);
   });
+}
+
+Matrix matrix_of(const void* source, const MatrixGeometry& shape, ExactType type) {
+  Matrix m{};
+  m.type = type;
+  m.source = static_cast<const uint8_t*>(source);
+  m.shape = shape;
+  const int64_t ranges = shape.row_tiles() * kBlockRows * shape.groups();
+  m.low.resize(ranges);
+  m.high.resize(ranges);
+  m.outliers.resize(ranges);
+  m.moments.resize(shape.row_tiles() * 2 * kBins);
+  return m;
+}
+
+// Codes, parameters and tables of all matrices. not_finite(m) is called, and throws, if matrix m
+// has a weight that is NaN or infinite.
+template <class F>
+void encode(std::vector<Matrix>& matrices, const std::vector<Destination>& to, F&& not_finite) {
+  std::vector<std::atomic<bool>> finite(matrices.size());
+  for (auto& f : finite) f = true;
+  for_each_tile(matrices, [&](size_t m, int64_t tile) {
+    if (!find_ranges(matrices[m], tile)) finite[m] = false;
+  });
+  for (size_t m = 0; m < matrices.size(); ++m) {
+    if (!finite[m]) not_finite(static_cast<int>(m));
+    choose_scales(matrices[m]);
+  }
+  for_each_tile(matrices, [&](size_t m, int64_t tile) { encode_tile(matrices[m], tile, to[m]); });
+  for (Matrix& m : matrices) choose_tables(m);
 }
 
 }  // namespace
 
 void encode_expert(const ExpertGeometry& g, const ExpertSource& source,
                    uint8_t* const payloads[kNumRecords]) {
-  Matrix matrices[kMaxMatrices] = {};
-  std::atomic<bool> finite[kMaxMatrices];
+  std::vector<Matrix> matrices;
+  std::vector<Destination> to;
   for (int m = 0; m < g.num_matrices(); ++m) {
-    Matrix& matrix = matrices[m];
-    matrix.type = g.exact_dtype;
-    matrix.source = static_cast<const uint8_t*>(source.matrices[m]);
-    matrix.code_scales = static_cast<const uint8_t*>(source.scales[m]);
-    matrix.shape = g.matrix(m);
-    const int64_t ranges = matrix.shape.row_tiles() * kBlockRows * matrix.shape.groups();
-    matrix.low.resize(ranges);
-    matrix.high.resize(ranges);
-    matrix.outliers.resize(ranges);
-    matrix.moments.resize(matrix.shape.row_tiles() * 2 * kBins);
-    finite[m] = true;
+    matrices.push_back(matrix_of(source.matrices[m], g.matrix(m), g.exact_dtype));
+    matrices.back().code_scales = static_cast<const uint8_t*>(source.scales[m]);
+    Destination d{};
+    d.params = payloads[0] + g.params_offset(m);
+    for (int p = 0; p < kNumPlanes; ++p) d.planes[p] = payloads[p] + g.blocks_offset(p, m);
+    d.exact = payloads[4] + g.blocks_offset(4, m);
+    d.scales = payloads[4] + g.exact_scales_offset(m);
+    d.scales_bytes = g.exact_scales_bytes(m);
+    to.push_back(d);
   }
-  for_each_tile(g, [&](int m, int64_t tile) {
-    if (!find_ranges(matrices[m], tile)) finite[m] = false;
-  });
+  encode(matrices, to, [&](int m) { throw_not_finite_weight(g, m, matrices[m]); });
   for (int m = 0; m < g.num_matrices(); ++m) {
-    if (!finite[m]) throw_not_finite_weight(g, m, matrices[m]);
-    choose_scales(matrices[m]);
     if (g.biased) encode_bias(g, m, source, payloads);
-  }
-  for_each_tile(g, [&](int m, int64_t tile) { encode_tile(g, m, matrices[m], tile, payloads); });
-  for (int m = 0; m < g.num_matrices(); ++m) {
-    choose_tables(matrices[m]);
     std::memcpy(payloads[0] + g.header_offset(m), &matrices[m].header, sizeof(MatrixHeader));
   }
   // Gaps that alignment leaves inside a payload.
@@ -543,6 +574,33 @@ void encode_expert(const ExpertGeometry& g, const ExpertSource& source,
   };
   clear(payloads[0], g.params_offset(g.num_matrices()), g.blocks_offset(0, 0));
   clear(payloads[4], g.exact_scales_offset(g.num_matrices()), g.blocks_offset(4, 0));
+}
+
+void encode_coded(const CodedLayout& layout, const float* const* sources,
+                  const float* const* biases, int num_planes, uint8_t* payload) {
+  std::memset(payload, 0, layout.plane_offset(0, 0, 0));
+  std::vector<Matrix> matrices;
+  std::vector<Destination> to;
+  for (int m = 0; m < layout.count; ++m) {
+    matrices.push_back(matrix_of(sources[m], layout.matrices[m], ExactType::fp32));
+    Destination d{};
+    d.params = payload + layout.params_offset(m);
+    for (int p = 0; p < num_planes; ++p) d.planes[p] = payload + layout.plane_offset(0, p, m);
+    to.push_back(d);
+  }
+  encode(matrices, to, [](int m) {
+    throw std::invalid_argument("encode_coded: matrix " + std::to_string(m) +
+                                " has a weight that is NaN or infinite; it cannot be coded");
+  });
+  for (int m = 0; m < layout.count; ++m) {
+    std::memcpy(payload + layout.header_offset(m), &matrices[m].header, sizeof(MatrixHeader));
+    if (layout.biased)
+      std::memcpy(payload + layout.bias_offset(m), biases[m], layout.matrices[m].rows * 4);
+  }
+  for (int p = 1; p < num_planes; ++p) {  // gaps between planes
+    const int64_t end = layout.plane_offset(0, p - 1, layout.count);
+    std::memset(payload + end, 0, layout.plane_offset(0, p, 0) - end);
+  }
 }
 
 }  // namespace comoe
