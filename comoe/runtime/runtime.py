@@ -33,6 +33,7 @@ from comoe_kernels.threads import use_own_threads
 from comoe_kernels.unpack import DTYPES
 
 PREFETCH, UPGRADE = 1, 2  # classes of transfers
+ABSENT, RESIDENT = 0, 2  # states of a record
 SCRATCH_BYTES = 1_000_000  # of the kernels; disk reads go straight into the pool's pages
 RECORD_BYTES = 400  # the engine's tables, per record
 UPGRADE_EVERY = 8  # steps between choices of experts that climb
@@ -308,7 +309,9 @@ class Runtime:
             most = int(np.bincount(self._kernel_levels[low]).argmax())
             self._prefill_rows.append(prefill_rows(most))
         base = kept = self.store_sizes.chosen(plan.min_level)
-        if plan.resident:
+        # What is above the plan stays only while nothing of the plan is missing: it could stand in the
+        # way, since speculation spares what has just come.
+        if plan.resident and (self.engine.resident()[base] == RESIDENT).all():
             kept = base | self.store_sizes.chosen(plan.want_level)
         for kind in (PREFETCH, UPGRADE):
             self.engine.cancel(kind)
@@ -321,9 +324,13 @@ class Runtime:
 
     def _upgrade(self) -> None:
         """Values the records above the plan's levels by use, and asks for those of the best experts:
-        one is read only if it is worth more than what it pushes out."""
+        one is read only if it is worth more than what it pushes out. What the plan itself lacks, because
+        there was no room when it was asked for, goes first."""
         if not self.plan.resident:
             return
+        missing = self._base & (self.engine.resident() == ABSENT)
+        if missing.any():
+            self.engine.request(self.records.in_order(missing), UPGRADE)
         for layer_idx, experts, values in self.upgrades.choose():
             low, high = (level[layer_idx][experts] for level in (self._min_level, self._want_level))
             ids, which = self.records.above(layer_idx, experts, low, high)
@@ -359,7 +366,7 @@ class Runtime:
             "baseline": self.budget.baseline,
             "peak": memory.peak_rss(),
             "dense_bytes": self.budget.sizes.dense,
-            "expert_bytes": int(self.records.payload_bytes(self.engine.resident() == 2)),
+            "expert_bytes": int(self.records.payload_bytes(self.engine.resident() == RESIDENT)),
             "expert_bytes_exact": self.records.exact_bytes(),
             "bits_per_weight": float(self._bits_used / max(self._uses, 1)),
             "bytes_read": {"disk": engine["bytes_read"]},
