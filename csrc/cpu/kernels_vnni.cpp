@@ -77,7 +77,7 @@ struct Unpacker<Level::bits2> {
 };
 
 // One index serves two quads: the third bits of both are brought into the nibble beside their first
-// two, from where they lie (quads 2, 3 and 4, 5) or from the byte with its nibbles swapped.
+// two; those of quads 2 to 5 lie in the right place already.
 template <>
 struct Unpacker<Level::bits3> {
   __m512i table[4];
@@ -85,15 +85,16 @@ struct Unpacker<Level::bits3> {
       : table{spread_table<4, 0, 1>(h.table3), spread_table<5, 2, 3>(h.table3),
               spread_table<0, 2, 3>(h.table3), spread_table<1, 4, 5>(h.table3)} {}
   struct Block {
-    __m512i a[2], b, swapped;
+    __m512i a[2], b;
     explicit Block(const uint8_t* const* p)
-        : a{_mm512_loadu_si512(p[0]), _mm512_loadu_si512(p[0] + 64)},
-          b(_mm512_loadu_si512(p[1])),
-          swapped(permute(b, permutation(4, 5, 6, 7, 0, 1, 2, 3))) {}
+        : a{_mm512_loadu_si512(p[0]), _mm512_loadu_si512(p[0] + 64)}, b(_mm512_loadu_si512(p[1])) {}
   };
   template <int i>
   inline void pair(const Block& block, __m512i* v) const {
-    const __m512i b = i % 3 ? block.b : block.swapped, a = block.a[i / 2];
+    const __m512i a = block.a[i / 2];
+    const __m512i b = i == 0   ? _mm512_slli_epi16(block.b, 4)
+                      : i == 3 ? _mm512_srli_epi16(block.b, 4)
+                               : block.b;
     const __m512i index =
         i % 2 ? _mm512_srli_epi16(select(splat(0x0c), b, a), 2) : select(splat(0x30), b, a);
     v[0] = _mm512_permutexvar_epi8(index, table[i % 2 ? 2 : 0]);
