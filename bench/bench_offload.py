@@ -6,7 +6,10 @@ C: time per token with every expert resident.  D: missed bytes per token / disk 
 reads.  r: byte-weighted recall of prefetching. All three and the time itself are measured in this run,
 interleaved; one line per repeat, the median last.
 
-    python bench/bench_offload.py [--resident 0.333] [--tokens 24] [--repeats 3]
+`--text random` makes every token random, in a model where each has experts of its own: the cache helps
+least and the disk works most.
+
+    python bench/bench_offload.py [--text greedy|random] [--resident 0.333] [--tokens 24] [--repeats 3]
 """
 
 from __future__ import annotations
@@ -25,13 +28,19 @@ import comoe
 from comoe import _C
 
 
-def decode(model, prompt: torch.Tensor, tokens: int) -> tuple[float, dict, dict]:
+def decode(
+    model, prompt: torch.Tensor, tokens: int, text: str, seed: int
+) -> tuple[float, dict, dict]:
     """Seconds per generated token after a warm-up, and the statistics before and after."""
+    choice = {"do_sample": False}
+    if text == "random":
+        choice = {"do_sample": True, "temperature": 1e5, "top_k": 0}
+    torch.manual_seed(seed)
     with torch.no_grad():
-        model.generate(prompt, max_new_tokens=4, do_sample=False)
+        model.generate(prompt, max_new_tokens=4, **choice)
         before = model.comoe.stats()
         start = time.perf_counter()
-        model.generate(prompt, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False)
+        model.generate(prompt, max_new_tokens=tokens, min_new_tokens=tokens, **choice)
         seconds = time.perf_counter() - start
     return seconds / tokens, before, model.comoe.stats()
 
@@ -55,13 +64,20 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--text", choices=["greedy", "random"], default="greedy")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=".") as scratch:
         folder = args.folder
         if folder is None:
             source, folder = Path(scratch, "source"), Path(scratch, "packed")
             make_checkpoint(
-                source, layers=args.layers, experts=64, top_k=8, hidden=1024, intermediate=512
+                source,
+                layers=args.layers,
+                experts=64,
+                top_k=8,
+                hidden=1024,
+                intermediate=512,
+                embedding_scale=50.0 if args.text == "random" else 1.0,
             )
             comoe.pack(source, folder)
         run(folder, args)
@@ -77,9 +93,9 @@ def run(folder: Path, args: argparse.Namespace) -> None:
     part = comoe.load(folder, memory=memory, exact=True)
     rows = []
     for repeat in range(args.repeats):
-        compute, _, _ = decode(full, prompt, args.tokens)
+        compute, _, _ = decode(full, prompt, args.tokens, args.text, repeat)
         bandwidth = disk_bandwidth(folder, 1 << 20)
-        seconds, before, after = decode(part, prompt, args.tokens)
+        seconds, before, after = decode(part, prompt, args.tokens, args.text, repeat)
         read = (after["bytes_read"]["disk"] - before["bytes_read"]["disk"]) / args.tokens
         engine = {
             k: after["engine"][k] - before["engine"][k]
@@ -90,6 +106,7 @@ def run(folder: Path, args: argparse.Namespace) -> None:
         disk = (hidden + engine["demand_bytes"]) / args.tokens / bandwidth
         floor = max(compute, disk) + (1 - recall) * min(compute, disk)
         row = {
+            "text": args.text,
             "repeat": repeat,
             "resident": args.resident,
             "seconds_per_token": seconds,

@@ -21,8 +21,13 @@ def make_checkpoint(
     heads: int = 0,
     kv_heads: int = 0,
     seed: int = 0,
+    embedding_scale: float = 1.0,
 ) -> None:
-    """Writes a Qwen3-MoE checkpoint in bf16; routing is near uniform, the worst case for caches.
+    """Writes a Qwen3-MoE checkpoint in bf16.
+
+    Each expert is chosen about as often as any other, but attention outweighs the embeddings, so a text's
+    tokens choose much the same ones. With embeddings 50 times as large every token has its own: the
+    worst case for caches.
 
     heads, kv_heads: of 128 columns each; 0: as many as `hidden` has, and half of them.
     """
@@ -46,7 +51,10 @@ def make_checkpoint(
     )
     torch.set_default_dtype(torch.bfloat16)
     try:
-        Qwen3MoeForCausalLM(config).save_pretrained(folder)
+        model = Qwen3MoeForCausalLM(config)
+        with torch.no_grad():
+            model.get_input_embeddings().weight.mul_(embedding_scale)
+        model.save_pretrained(folder)
     finally:
         torch.set_default_dtype(torch.float32)
 

@@ -36,15 +36,14 @@ def show_store(path: Path, summary: dict[str, Any]) -> None:
     table = Table(
         title=f"{escape(str(path))} (store version {summary['version']})", title_justify="left"
     )
-    for name in ("rung", "bits per weight", "bytes of all experts", "more than the rung below"):
+    for name in ("rung", "bits per weight", "bytes of all experts", "experts that have it"):
         table.add_column(name, justify="left" if name == "rung" else "right")
-    below = 0
     for rung in summary["rungs"]:
-        # The planes add up; `exact` replaces them all.
-        more = rung["bytes"] if rung["name"] == "exact" else rung["bytes"] - below
-        below = rung["bytes"]
         table.add_row(
-            rung["name"], f"{rung['bits']:.3f}", format_bytes(rung["bytes"]), format_bytes(more)
+            rung["name"],
+            f"{rung['bits']:.3f}",
+            format_bytes(rung["bytes"]),
+            f"{rung['experts']:,}",
         )
     console.print(table)
     console.print(

@@ -18,6 +18,7 @@ enum class Form : uint8_t {
   bf16,   // exact bf16 weights and bf16 activations
   fp32,   // other exact weights
 };
+constexpr int kForms = 4;
 
 // One row of prepared activations: padded with zeros to P = whole groups, so kernels need no column
 // tails.
@@ -64,9 +65,10 @@ struct Prefetch {
 // kMaxRows rows of activations to multiply them with.
 struct RunArgs {
   Level level;
-  DType exact_dtype;
+  ExactType exact_dtype;
+  DType value_dtype;           // of exact weights, once decoded
   const MatrixHeader* header;  // of the matrix; unused at `exact`
-  const uint8_t* params;       // [num_tiles, groups, 32]; unused at `exact`
+  const uint8_t* params;       // [num_tiles, groups, 32]; at `exact` the scales of codes
   const Segment* segments;     // they cover the run; `exact` uses plane 0
   const Prefetch* prefetch;    // the last has begin == end
   int64_t num_tiles, col_blocks;
@@ -103,10 +105,11 @@ extern const Kernels kAvx2Kernels, kAvx512Kernels, kVnniKernels;
 inline int num_planes(Level level) {
   return level == Level::exact ? 1 : static_cast<int>(level) + 1;
 }
-inline Form row_form(Level level, DType exact_dtype, DType x_dtype, bool bf16_dot) {
+inline Form row_form(Level level, ExactType exact_dtype, DType x_dtype, bool bf16_dot) {
   if (level == Level::bits8) return Form::int16;
   if (level != Level::exact) return Form::int8;
-  return bf16_dot && exact_dtype == DType::bf16 && x_dtype == DType::bf16 ? Form::bf16 : Form::fp32;
+  const bool bf16 = x_dtype == DType::bf16 && value_dtype(exact_dtype, x_dtype) == DType::bf16;
+  return bf16_dot && bf16 ? Form::bf16 : Form::fp32;
 }
 
 }  // namespace comoe

@@ -166,15 +166,14 @@ void multiply_exact(const RunArgs& args, int first_row) {
   using F = typename V::F;
   constexpr int kParts = 64 / V::kBytes, kPartRows = kBlockRows / kParts;
   constexpr int kPairBytes = D == DType::fp32 ? 128 : 64;
-  BlockCursor cursor(args);
+  ExactBlocks blocks(args);
   Prefetcher prefetcher(args);
   for (int64_t tile = 0, block = 0; tile < args.num_tiles; ++tile) {
     F even[R][kParts], odd[R][kParts];
     for (int r = 0; r < R; ++r)
       for (int part = 0; part < kParts; ++part) even[r][part] = odd[r][part] = V::zero();
     for (int64_t k = 0; k < args.col_blocks; ++k, ++block) {
-      cursor.at(block);
-      const uint8_t* w = cursor.plane(0, block, 16 * kPairBytes);
+      const uint8_t* w = blocks.at(block);
       for (int pair = 0; pair < 16; ++pair) {
         prefetcher.step<kPairBytes / 64>();
         for (int part = 0; part < kParts; ++part) {
@@ -232,7 +231,7 @@ void multiply_madd(const RunArgs& args) {
     case Level::exact:
       break;
   }
-  switch (args.exact_dtype) {
+  switch (args.value_dtype) {
     case DType::fp32:
       return multiply_exact_rows<V, DType::fp32>(args);
     case DType::bf16:

@@ -56,6 +56,8 @@ class Backend {
   // Reads. Never fails itself: errors come back through read_done.
   virtual void start_read(const ReadJob& job) = 0;
   virtual void promote_read(int32_t record) = 0;  // a running prefetch is demanded now
+  // True if the read had not begun: it never will, and no event comes of it.
+  virtual bool cancel_read(int32_t record) = 0;
 
   // A device that chooses records itself looks them up in a table; `pages` is null when a record
   // leaves.

@@ -82,6 +82,7 @@ class CpuBackend final : public Backend {
 
   void start_read(const ReadJob& job) override { reader_->submit(job); }
   void promote_read(int32_t record) override { reader_->promote(record); }
+  bool cancel_read(int32_t record) override { return reader_->cancel(record); }
 
   // Every use on the CPU holds a pin, so there is no table to keep and no step to wait for.
   void publish(int32_t, const std::vector<uint8_t*>*) override {}

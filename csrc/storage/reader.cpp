@@ -101,6 +101,17 @@ void Reader::promote(int32_t record) {
   demand_.push_back(task);
 }
 
+bool Reader::cancel(int32_t record) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  const auto found = tasks_.find(record);
+  if (found == tasks_.end()) return false;
+  const ReadTask* task = found->second.get();
+  if (task->job.demand || task->next > 0 || task->reads > 1) return false;
+  others_.erase(std::find(others_.begin(), others_.end(), task));
+  tasks_.erase(found);
+  return true;
+}
+
 bool Reader::next_chunk(Chunk& chunk) {
   std::deque<ReadTask*>& from = demand_.empty() ? others_ : demand_;
   if (from.empty() || stopping_) return false;

@@ -70,6 +70,7 @@ class Reader {
   int64_t file_bytes(int32_t file) const;     // throws std::out_of_range
   void submit(const ReadJob& job);
   void promote(int32_t record);
+  bool cancel(int32_t record);  // true if nothing of it has been read yet: then it is forgotten
   virtual void stop() = 0;
   virtual const char* kind() const = 0;
   BackendStats stats() const;

@@ -33,8 +33,9 @@ class FakeBackend final : public Backend {
       : pages_per_slab_(pages_per_slab), mapped_(max_slabs), tags_(pages_per_slab * max_slabs) {}
 
   // Controls of the test.
-  int slab_limit = 1 << 30;    // mapping more is an error of the engine
-  bool refuse_memory = false;  // map_slab fails
+  int slab_limit = 1 << 30;       // mapping more is an error of the engine
+  bool refuse_memory = false;     // map_slab fails
+  bool reads_begin_late = false;  // cancel_read succeeds
   std::map<int32_t, Running> running;
   std::map<int32_t, std::vector<int32_t>> published;
   std::vector<std::set<int32_t>> steps;  // running ones, oldest first: pages that each may read
@@ -111,6 +112,11 @@ class FakeBackend final : public Backend {
   void promote_read(int32_t record) override {
     require(running.count(record) == 1, "promote_read: it is not being read");
     running[record].demand = true;
+  }
+  bool cancel_read(int32_t record) override {
+    require(running.count(record) == 1, "cancel_read: it is not being read");
+    if (reads_begin_late) running.erase(record);
+    return reads_begin_late;
   }
   void publish(int32_t record, const std::vector<uint8_t*>* addresses) override {
     published.erase(record);

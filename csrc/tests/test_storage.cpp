@@ -290,7 +290,7 @@ static ssize_t gated_preadv(int fd, const iovec* iov, int count, off_t offset) {
 }
 
 static void test_order() {
-  Store store({40000, 40000, 40000, 40000});
+  Store store({40000, 40000, 40000, 40000, 40000});
   ReaderConfig config;
   config.page_bytes = 4096;
   config.chunk_bytes = 8192;
@@ -301,7 +301,7 @@ static void test_order() {
   auto reader = reader_of(config, results);
   reader->add_file(store.path);
   std::vector<std::unique_ptr<Pages>> pages;
-  for (int i = 0; i < 4; ++i) pages.push_back(std::make_unique<Pages>(4096, 40000));
+  for (int i = 0; i < 5; ++i) pages.push_back(std::make_unique<Pages>(4096, 40000));
   auto submit = [&](int i, bool demand) {
     reader->submit({i, store.infos[i], pages[i]->pages.data(), demand});
   };
@@ -313,7 +313,10 @@ static void test_order() {
   submit(1, false);
   submit(2, false);
   submit(3, true);
+  submit(4, false);
   reader->promote(2);
+  CHECK(reader->cancel(4) && !reader->cancel(4));
+  CHECK(!reader->cancel(0) && !reader->cancel(3));  // it has begun; it is demanded
   {
     std::lock_guard<std::mutex> lock(gate_mutex);
     gate_open = 1000;
