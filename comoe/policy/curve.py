@@ -26,7 +26,7 @@ class CurvePlanner:
 
     def __init__(self, curve: Curve):
         self._curve = curve
-        self._totals: dict[int, int] = {}
+        self._totals: np.ndarray | None = None
 
     def least(self, sizes: Sizes, *, exact: bool) -> np.ndarray:
         return sizes.all_at(sizes.levels.exact) if exact else self._curve.levels[0]
@@ -34,36 +34,28 @@ class CurvePlanner:
     def plan(self, sizes: Sizes, pool_bytes: int, *, exact: bool) -> Plan:
         if exact or sizes.total(sizes.levels.exact) <= pool_bytes:
             return EvenPlanner().plan(sizes, pool_bytes, exact=True)
-        point = self._finest(sizes, pool_bytes)
-        if point < 0:
+        totals = self._bytes(sizes)
+        fitting = np.flatnonzero(totals <= pool_bytes)
+        if not fitting.size:
             least = self._curve.levels[0]
             require_room(sizes, least, pool_bytes)
             loss = float(self._curve.loss[0])
             return Plan(sizes.levels, least, least, False, pool_bytes, pool_bytes, loss)
+        point = int(fitting[-1])
         levels = self._curve.levels[point]
-        finer = self._curve.levels[min(point + 1, len(self._curve.levels) - 1)]
+        finer = self._curve.levels[min(point + 1, len(totals) - 1)]
         return Plan(
             sizes.levels,
             levels,
             np.maximum(levels, finer),
             True,
-            pool_bytes - self._total(sizes, point),
+            int(pool_bytes - totals[point]),
             pool_bytes,
             float(self._curve.loss[point]),
         )
 
-    def _finest(self, sizes: Sizes, pool_bytes: int) -> int:
-        """Points need more and more bytes, so it is found by halving; -1 if not even the first fits."""
-        low, high = -1, len(self._curve.levels)
-        while high - low > 1:
-            middle = (low + high) // 2
-            if self._total(sizes, middle) <= pool_bytes:
-                low = middle
-            else:
-                high = middle
-        return low
-
-    def _total(self, sizes: Sizes, point: int) -> int:
-        if point not in self._totals:
-            self._totals[point] = sizes.total(self._curve.levels[point])
-        return self._totals[point]
+    def _bytes(self, sizes: Sizes) -> np.ndarray:
+        """int64 [P]: pages of the pool that each point takes. Nearly ascending: the curve counts payload."""
+        if self._totals is None:
+            self._totals = np.array([sizes.total(levels) for levels in self._curve.levels])
+        return self._totals

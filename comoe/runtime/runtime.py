@@ -33,6 +33,7 @@ from comoe_kernels.threads import use_own_threads
 from comoe_kernels.unpack import DTYPES
 
 PREFETCH, UPGRADE = 1, 2  # classes of transfers
+ABSENT, RESIDENT = 0, 2  # states of a record
 SCRATCH_BYTES = 1_000_000  # of the kernels; disk reads go straight into the pool's pages
 RECORD_BYTES = 400  # the engine's tables, per record
 UPGRADE_EVERY = 8  # steps between choices of experts that climb
@@ -215,10 +216,11 @@ class Runtime:
             self._kv_held = kv_held
             self.budget.check(step, kv_held())
             workspace = self.budget.sizes.workspace(step)
-            self._per_layer = workspace - self.budget.sizes.new_kv(step)
+            long = step.tokens > 1 and workspace >= LONG_STEP
+            self._per_layer = workspace - self.budget.sizes.new_kv(step) if long else 0
             engine = self.engine.stats()
             self._govern(workspace, engine)
-            self._keep_freed(workspace < LONG_STEP or not self._lent())
+            self._keep_freed(not (long and self._lent()))
             self.gauge.note_step(
                 engine["prefetch_bytes"],
                 engine["prefetch_used_bytes"] + engine["prefetch_joined_bytes"],
@@ -271,9 +273,12 @@ class Runtime:
         if allowed < self.plan.pool_bytes or (self._lent() and self._step % CALM_STEPS == 0):
             memory.give_back_free()
             allowed = self._allowed_pool(coming, stats)
-        target = max(min(planned, allowed), self._least_pool())
+        least = self._least_pool()
+        target = max(min(planned, allowed), least)
         if target < self.plan.pool_bytes:
             self._calm = 0
+            # Room for the next steps as well, since each change stops what is read ahead.
+            target = max(target - LONG_STEP, least)
             self._install(self._make_plan(target))
         elif target > self.plan.pool_bytes and not within:
             self._calm += 1
@@ -308,7 +313,9 @@ class Runtime:
             most = int(np.bincount(self._kernel_levels[low]).argmax())
             self._prefill_rows.append(prefill_rows(most))
         base = kept = self.store_sizes.chosen(plan.min_level)
-        if plan.resident:
+        # What is above the plan stays only while nothing of the plan is missing: it could stand in the
+        # way, since speculation spares what has just come.
+        if plan.resident and (self.engine.resident()[base] == RESIDENT).all():
             kept = base | self.store_sizes.chosen(plan.want_level)
         for kind in (PREFETCH, UPGRADE):
             self.engine.cancel(kind)
@@ -321,9 +328,13 @@ class Runtime:
 
     def _upgrade(self) -> None:
         """Values the records above the plan's levels by use, and asks for those of the best experts:
-        one is read only if it is worth more than what it pushes out."""
+        one is read only if it is worth more than what it pushes out. What the plan itself lacks, because
+        there was no room when it was asked for, goes first."""
         if not self.plan.resident:
             return
+        missing = self._base & (self.engine.resident() == ABSENT)
+        if missing.any():
+            self.engine.request(self.records.in_order(missing), UPGRADE)
         for layer_idx, experts, values in self.upgrades.choose():
             low, high = (level[layer_idx][experts] for level in (self._min_level, self._want_level))
             ids, which = self.records.above(layer_idx, experts, low, high)
@@ -359,7 +370,7 @@ class Runtime:
             "baseline": self.budget.baseline,
             "peak": memory.peak_rss(),
             "dense_bytes": self.budget.sizes.dense,
-            "expert_bytes": int(self.records.payload_bytes(self.engine.resident() == 2)),
+            "expert_bytes": int(self.records.payload_bytes(self.engine.resident() == RESIDENT)),
             "expert_bytes_exact": self.records.exact_bytes(),
             "bits_per_weight": float(self._bits_used / max(self._uses, 1)),
             "bytes_read": {"disk": engine["bytes_read"]},
