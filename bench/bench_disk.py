@@ -63,6 +63,7 @@ class EngineReader:
             np.full(count, record, np.int64),
             np.array(crcs, np.uint32),
         )
+        self.engine.add_experts(np.arange(count, dtype=np.int32))
         self.record = record
         self.read(0, min(count, budget // extent))  # touches every page of the pool
 

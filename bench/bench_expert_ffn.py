@@ -24,8 +24,9 @@ from comoe_kernels.expert_ffn import (
     rounding,
     rounding_of_results,
 )
-from comoe_kernels.unpack import DTYPES, LEVELS, unpack
+from comoe_kernels.unpack import DTYPES, EXACT_DTYPES, LEVELS, unpack
 
+EXACT = {"bf16": torch.bfloat16, "fp8": torch.float8_e4m3fn, "mxfp4": "mxfp4"}
 COLD_BYTES = 640 << 20
 # Read per timing: memory may give short bursts at a higher rate than it sustains.
 TURN_BYTES = 256 << 20
@@ -40,9 +41,21 @@ class Arena:
         self.base = -self.data.ctypes.data % 4096
 
 
-def payload(rng: np.random.Generator, hidden: int, intermediate: int, record: int) -> np.ndarray:
-    """Random bytes with a sane header (record 0) or random bf16 weights (exact)."""
+def payload(
+    rng: np.random.Generator, hidden: int, intermediate: int, record: int, exact_dtype: str
+) -> np.ndarray:
+    """Random bytes with a sane header (record 0) or random weights (exact)."""
     blocks = 3 * -(-hidden // 16) * -(-intermediate // 32)
+    if record == 4 and exact_dtype != "bf16":
+        g = _C.Geometry(hidden, intermediate, True, False, EXACT_DTYPES[EXACT[exact_dtype]])
+        data = rng.integers(0, 256, g.record_bytes(4), dtype=np.uint8)
+        data[data & 127 == 127] ^= 1  # NaN, where these are FP8 codes
+        scales = data[: g.exact_scales_offset(3)]
+        if exact_dtype == "fp8":
+            scales.view(np.float32)[:] = 1e-4
+        else:
+            scales[:] = rng.integers(117, 121, len(scales))
+        return data
     if record == 4:
         weights = torch.from_numpy(
             rng.standard_normal(blocks * 512, dtype=np.float32) / hidden**0.5
@@ -63,12 +76,12 @@ def payload(rng: np.random.Generator, hidden: int, intermediate: int, record: in
 
 
 def experts_of(
-    arena: Arena, rng, hidden: int, intermediate: int, level: int
+    arena: Arena, rng, hidden: int, intermediate: int, level: int, exact_dtype: str
 ) -> list[_C.PagedExpert]:
     """As many copies of one random expert as fill COLD_BYTES."""
     page_bytes = max(3 * hidden * intermediate // 64 // 4096, 1) * 4096  # as the design says
     records = [4] if level == 4 else list(range(level + 1))
-    payloads = {r: payload(rng, hidden, intermediate, r) for r in records}
+    payloads = {r: payload(rng, hidden, intermediate, r, exact_dtype) for r in records}
     at, experts = arena.base, []
     limit = arena.base + COLD_BYTES
     while True:
@@ -82,7 +95,14 @@ def experts_of(
             at += pages * page_bytes
         experts.append(
             _C.PagedExpert(
-                hidden, intermediate, True, False, DTYPES[torch.bfloat16], level, mapped, page_bytes
+                hidden,
+                intermediate,
+                True,
+                False,
+                EXACT_DTYPES[EXACT[exact_dtype]],
+                level,
+                mapped,
+                page_bytes,
             )
         )
 
@@ -91,7 +111,9 @@ def check(experts, x, level) -> float:
     """Error against float32 over the error of the stated rounding; stops on a wrong result."""
     every = np.arange(len(x))
     got = expert_ffn(x, experts[:1], [every], [every], len(x)).double()
-    dense = [unpack(experts[0], m, torch.float32) for m in range(3)]
+    # Codes are decoded to bf16, the type of x; the levels are not rounded.
+    dtype = torch.bfloat16 if level == 4 else torch.float32
+    dense = [unpack(experts[0], m, dtype).float() for m in range(3)]
     want = expert_ffn_ref(x, dense).double()
     rounded = expert_ffn_ref(
         x,
@@ -111,6 +133,7 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=8, help="experts per call (K)")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--levels", nargs="+", default=list(LEVELS), choices=LEVELS)
+    parser.add_argument("--exact-dtype", default="bf16", choices=EXACT, help="of level exact")
     parser.add_argument(
         "--torch-threads", action="store_true", help="inside torch's OpenMP, not the native pool"
     )
@@ -124,7 +147,9 @@ def main() -> None:
     rows_out = []
     for hidden, intermediate in SHAPES:
         for level in (LEVELS.index(name) for name in args.levels):
-            experts = experts_of(arena, rng, hidden, intermediate, level)
+            coded = level == 4 and args.exact_dtype != "bf16"
+            label = args.exact_dtype if coded else LEVELS[level]
+            experts = experts_of(arena, rng, hidden, intermediate, level, args.exact_dtype)
             for rows in args.rows:
                 x = torch.randn(rows, hidden).bfloat16()
                 worse = check(experts, x, level)
@@ -137,6 +162,7 @@ def main() -> None:
                     intermediate,
                     gated=True,
                     level=level,
+                    exact_dtype=EXACT[args.exact_dtype],
                     num_experts=num,
                     num_rows=num * rows,
                 )
@@ -178,7 +204,7 @@ def main() -> None:
                 share = float(np.median(speed / ceiling))
                 best = float(speed.max() / ceiling.max())
                 row = {
-                    "op": "expert_ffn", "T": rows, "H": hidden, "I": intermediate, "K": num, "level": LEVELS[level],
+                    "op": "expert_ffn", "T": rows, "H": hidden, "I": intermediate, "K": num, "level": label,
                     "us": round(mid / calls * 1e6, 1), "us_p20": round(low / calls * 1e6, 1),
                     "us_p80": round(high / calls * 1e6, 1), "GBps": round(float(np.median(speed)), 2),
                     "ceiling_GBps": round(float(np.median(ceiling)), 2), "share": round(share, 3),
@@ -187,7 +213,7 @@ def main() -> None:
                 }  # fmt: skip
                 rows_out.append(row)
                 print(
-                    f"expert_ffn T={rows} H={hidden} I={intermediate} K={num} {LEVELS[level]:6s}"
+                    f"expert_ffn T={rows} H={hidden} I={intermediate} K={num} {label:6s}"
                     f" | {row['us']:8.1f} us ({row['us_p20']}-{row['us_p80']}) | {row['GBps']:6.2f} GB/s"
                     f" | {share:5.1%} of read ({row['ceiling_GBps']} GB/s; best/best {best:5.1%})"
                     f" | error {worse:.2f}x its rounding",

@@ -18,6 +18,8 @@ def make_checkpoint(
     hidden: int,
     intermediate: int,
     vocab: int = 4096,
+    heads: int = 0,
+    kv_heads: int = 0,
     seed: int = 0,
     embedding_scale: float = 1.0,
 ) -> None:
@@ -26,6 +28,8 @@ def make_checkpoint(
     Each expert is chosen about as often as any other, but attention outweighs the embeddings, so a text's
     tokens choose much the same ones. With embeddings 50 times as large every token has its own: the
     worst case for caches.
+
+    heads, kv_heads: of 128 columns each; 0: as many as `hidden` has, and half of them.
     """
     import torch
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -39,8 +43,8 @@ def make_checkpoint(
         num_hidden_layers=layers,
         num_experts=experts,
         num_experts_per_tok=top_k,
-        num_attention_heads=max(hidden // 128, 1),
-        num_key_value_heads=max(hidden // 256, 1),
+        num_attention_heads=heads or max(hidden // 128, 1),
+        num_key_value_heads=kv_heads or max(hidden // 256, 1),
         head_dim=128,
         tie_word_embeddings=True,
         dtype="bfloat16",

@@ -6,6 +6,7 @@ the interpreter and its libraries take before any model is there is the *baselin
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 from pathlib import Path
@@ -13,6 +14,9 @@ from pathlib import Path
 import psutil
 
 _PAGE = os.sysconf("SC_PAGE_SIZE")
+_C_LIBRARY = ctypes.CDLL(None)
+_M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
+_KEEP, _RETURN = 32 << 20, 128 << 10  # the most and the least that glibc itself sets
 
 
 def rss() -> int:
@@ -45,6 +49,21 @@ def reset_peak() -> bool:
     except OSError:
         return False
     return True
+
+
+def give_back_free() -> None:
+    """Gives the system what the C library keeps of freed memory: with glibc, the holes that large
+    tensors leave. After a prompt of 6,144 tokens at hidden size 1,024 those were 180 MB."""
+    if hasattr(_C_LIBRARY, "malloc_trim"):  # glibc's
+        _C_LIBRARY.malloc_trim(0)
+
+
+def keep_freed(keep: bool) -> None:
+    """Whether glibc may keep large blocks that are freed. If not, what is in memory is what is in
+    use: in the middle of the pass above, half of what it was. The price is a page fault for every page of
+    every large tensor, which took about half again as much CPU time for a prompt of 1,024 tokens."""
+    if hasattr(_C_LIBRARY, "mallopt"):
+        _C_LIBRARY.mallopt(_M_MMAP_THRESHOLD, _KEEP if keep else _RETURN)
 
 
 def cgroup_limit(root: str | os.PathLike = "/") -> tuple[int, int] | None:

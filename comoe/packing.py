@@ -110,7 +110,7 @@ class _Packing:
 
         self.checkpoint, self.mark, self.folder = checkpoint, mark, folder
         self.specs = [
-            layer_spec(block.spec, checkpoint.block_dtype(i))
+            layer_spec(block.spec, checkpoint.exact_dtype(i))
             for i, block in enumerate(checkpoint.blocks)
         ]
         self.layer_bytes = [
@@ -161,6 +161,8 @@ class _Packing:
                 stacklevel=2,
             )
         config = json.loads((self.checkpoint.folder / "config.json").read_text())
+        if self.checkpoint.quantizer is not None and not config.get("torch_dtype"):
+            config.setdefault("dtype", "bfloat16")
         config["quantization_config"] = {"quant_method": "comoe", "format": 1}
         if not config.get("architectures"):
             config["architectures"] = [type(self.checkpoint.model).__name__]
@@ -199,8 +201,7 @@ class _Packing:
         from comoe.store import StoreWriter
 
         def arrays(block_idx: int) -> Iterator:
-            tensors = self.checkpoint.load_block(block_idx)
-            yield from to_arrays(self.checkpoint.blocks[block_idx].experts(tensors))
+            yield from to_arrays(self.checkpoint.load_experts(block_idx))
 
         writer = StoreWriter(self.folder)
         for i, block in enumerate(self.checkpoint.blocks):

@@ -290,28 +290,42 @@ class Recorder:
 
 
 @contextmanager
-def recording(model: Any) -> Iterator[Recorder]:
-    """Records the routing of a loaded model (one that has `model.comoe`) while the block runs."""
+def tapping(model: Any, note: Callable[[int, Any, Any, Any], None]) -> Iterator[None]:
+    """While the block runs, note(layer_idx, hidden [T, H], top_k_index [T, K], top_k_weights [T, K]) is
+    called before the experts of a layer are."""
     runtime = getattr(model, "comoe", None)
     if runtime is None:
         raise TraceError("trace: expected a model that comoe loaded (comoe.load or comoe.offload)")
-    recorder = Recorder(len(runtime.specs))
     forward = runtime.experts_forward
 
     def noted(layer_idx: int, hidden: Any, top_k_index: Any, top_k_weights: Any) -> Any:
-        recorder.note(
-            layer_idx,
-            top_k_index.detach().cpu().numpy(),
-            top_k_weights.detach().float().cpu().numpy(),
-            runtime.specs[layer_idx].num_experts,
-        )
+        note(layer_idx, hidden, top_k_index, top_k_weights)
         return forward(layer_idx, hidden, top_k_index, top_k_weights)
 
     runtime.experts_forward = noted
     try:
-        yield recorder
+        yield
     finally:
         del runtime.experts_forward
+
+
+@contextmanager
+def recording(model: Any) -> Iterator[Recorder]:
+    """Records the routing of a loaded model (one that has `model.comoe`) while the block runs."""
+    recorder: Recorder | None = None
+
+    def note(layer_idx: int, hidden: Any, top_k_index: Any, top_k_weights: Any) -> None:
+        recorder.note(
+            layer_idx,
+            top_k_index.detach().cpu().numpy(),
+            top_k_weights.detach().float().cpu().numpy(),
+            specs[layer_idx].num_experts,
+        )
+
+    with tapping(model, note):
+        specs = model.comoe.specs
+        recorder = Recorder(len(specs))
+        yield recorder
 
 
 def record_text(

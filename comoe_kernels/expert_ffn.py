@@ -11,10 +11,11 @@ Bytes moved: `expert_ffn_bytes`, each chosen expert's planes once, whatever the 
 to 8 (from cache beyond). Runs in the threads of comoe_kernels.threads, returns when done, releases the
 GIL. A row's result depends neither on the other rows nor on the number of threads.
 
-Rounding. Levels 2, 3, 4: activations (x, and a) as int8 with one scale per 32 columns; level 8: as
+Rounding. Levels 2, 3, 4: activations (x, and a) as int8 with one scale per 64 columns; level 8: as
 15-bit integers with one scale per 128; products are summed exactly in int32 per scale, then in
 float32. Exact bfloat16 weights and x: bfloat16 products, float32 sums, a rounded to bfloat16 (where
-the CPU has no such instruction: all in float32). Other exact weights: all in float32. Where x has
+the CPU has no such instruction: all in float32). Other exact weights: all in float32; codes are
+decoded to the type of x first. Where x has
 16 bits, the results of each product and activation of exact experts are rounded to its dtype, as
 transformers' own experts do, so that greedy decoding seldom falls on another side of a near tie.
 """
@@ -29,7 +30,16 @@ import torch
 import torch.nn.functional as F
 
 from comoe import _C
-from comoe_kernels.unpack import DTYPES, check_tensor, packed_bytes, row_stride, unpack, unpack_bias
+from comoe_kernels.unpack import (
+    DTYPES,
+    EXACT_DTYPES,
+    check_tensor,
+    packed_bytes,
+    row_stride,
+    unpack,
+    unpack_bias,
+    unpack_mean,
+)
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "quick_gelu", "swigluoai")
 
@@ -98,7 +108,7 @@ def rounding(level: int, exact_bf16: bool = False) -> Callable[[torch.Tensor], t
     the weights' error, so two int8 planes are used there (0.003%)."""
     if level == 4:
         return (lambda v: v.bfloat16().float()) if exact_bf16 else (lambda v: v)
-    width, top = (128, 32512.0) if level == 3 else (32, 127.0)
+    width, top = (128, 32512.0) if level == 3 else (64, 127.0)
 
     def round_groups(v: torch.Tensor) -> torch.Tensor:
         columns = v.shape[-1]
@@ -116,13 +126,13 @@ def expert_ffn_bytes(
     *,
     gated: bool,
     level: int,
-    exact_dtype: torch.dtype = torch.bfloat16,
+    exact_dtype: torch.dtype | str = torch.bfloat16,
     num_experts: int = 1,
     num_rows: int = 0,
     x_dtype: torch.dtype = torch.bfloat16,
 ) -> int:
     """Bytes that must be read and written: weights of the chosen experts, rows of x and of the result."""
-    exact = DTYPES[exact_dtype]
+    exact = EXACT_DTYPES[exact_dtype]
     up = packed_bytes(intermediate, hidden, level, exact)
     down = packed_bytes(hidden, intermediate, level, exact)
     rows = num_rows * hidden * (x_dtype.itemsize + 4)
@@ -296,10 +306,15 @@ def expert_ffn_prefill(
         return result.add_(unpack_bias(expert, matrix).to(v.dtype)) if expert.biased else result
 
     inter, last = expert.intermediate, expert.num_matrices - 1
-    if apply_gate is not None:
-        hidden = apply_gate(torch.cat([linear(x, m, inter) for m in range(last)], dim=-1))
+    if not expert.has_matrices:  # a mean alone
+        result = x.new_zeros(x.shape)
     else:
-        gate = linear(x, 0, inter) if expert.gated else None
-        hidden = activate_ref(gate, linear(x, last - 1, inter), activation, alpha, limit)
-    result = linear(hidden.to(x.dtype), last, expert.hidden)
+        if apply_gate is not None:
+            hidden = apply_gate(torch.cat([linear(x, m, inter) for m in range(last)], dim=-1))
+        else:
+            gate = linear(x, 0, inter) if expert.gated else None
+            hidden = activate_ref(gate, linear(x, last - 1, inter), activation, alpha, limit)
+        result = linear(hidden.to(x.dtype), last, expert.hidden)
+    if expert.has_mean:
+        result = result + unpack_mean(expert).to(x.dtype)
     return result if post_norm is None else post_norm(result)

@@ -1,7 +1,7 @@
 """Expert weights from the ladder's packed planes to dense row-major matrices.
 
     W[r, c] = scale[r, c // 128] * (value(code[r, c]) - zero[r, c // 128])      2, 3, 4, 8 bits
-    W[r, c] = the source's own bits                                            exact
+    W[r, c] = the source's own bits, or code * scale where it has codes         exact
 
     expert   _C.PagedExpert: H, I, level and the pages of its records (csrc/ladder/layout.h)
     matrix   0 gate [I, H], 1 up [I, H], 2 down [H, I]; ungated: 0 up, 1 down
@@ -17,8 +17,11 @@ import numpy as np
 import torch
 
 from comoe import _C
+from comoe_kernels.ladder_codec import EXACT_BITS
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+# What exact records hold: elements, or codes with scales (ladder_codec.py), named as the store does.
+EXACT_DTYPES = {**DTYPES, torch.float8_e4m3fn: 3, "mxfp4": 4}
 LEVELS = ("bits2", "bits3", "bits4", "bits8", "exact")
 BITS = (2, 3, 4, 8)
 
@@ -36,7 +39,7 @@ def paged_expert(
     *,
     gated: bool,
     biased: bool,
-    exact_dtype: torch.dtype,
+    exact_dtype: torch.dtype | str,
     level: int,
     payloads: dict[int, np.ndarray],
     page_bytes: int = 4096,
@@ -57,7 +60,7 @@ def paged_expert(
             arena[offset : offset + len(piece)] = piece
         records[record] = (arena, offsets)
     return _C.PagedExpert(
-        hidden, intermediate, gated, biased, DTYPES[exact_dtype], level, records, page_bytes
+        hidden, intermediate, gated, biased, EXACT_DTYPES[exact_dtype], level, records, page_bytes
     )
 
 
@@ -74,7 +77,8 @@ def packed_bytes(rows: int, cols: int, level: int, exact_dtype: int) -> int:
     """Bytes of one matrix at a level."""
     tiles, blocks = -(-rows // 16), -(-cols // 32)
     if level == 4:
-        return tiles * blocks * 512 * (4 if exact_dtype == 0 else 2)
+        scales = {3: -(-blocks // 4) * 4, 4: blocks * 16}.get(exact_dtype, 0)
+        return tiles * (blocks * 512 * EXACT_BITS[exact_dtype] // 8 + scales)
     return tiles * (blocks * 512 * BITS[level] // 8 + -(-blocks // 4) * 32)
 
 
@@ -100,6 +104,13 @@ def unpack_bias(expert: _C.PagedExpert, matrix: int) -> torch.Tensor:
     """Bias of matrix `matrix` as float32 [rows]."""
     out = torch.empty(matrix_shape(expert, matrix)[0])
     _C.unpack_bias(expert, matrix, out.data_ptr())
+    return out
+
+
+def unpack_mean(expert: _C.PagedExpert) -> torch.Tensor:
+    """What is added to the expert's output, float32 [H]; zeros without a mean."""
+    out = torch.empty(expert.hidden)
+    _C.unpack_mean(expert, out.data_ptr())
     return out
 
 

@@ -1,8 +1,13 @@
 """Fixtures that several tests share: the bundled model, packed once per run."""
 
+import os
 from pathlib import Path
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel's module is imported
 
 DEMO = Path(__file__).resolve().parent.parent / "comoe" / "demo_model"
 

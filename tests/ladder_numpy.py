@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from comoe_kernels.unpack import paged_expert
+from comoe import _C
+from comoe_kernels.unpack import EXACT_DTYPES, paged_expert
 
 
 def pad_to(a: np.ndarray, multiple: int) -> np.ndarray:
@@ -79,6 +80,63 @@ class LadderExpert:
             page_bytes=page_bytes,
             order=order,
         )
+
+
+def random_codes(
+    rng: np.random.Generator,
+    rows: int,
+    cols: int,
+    kind: torch.dtype | str,
+    extremes: float = 0.1,
+) -> tuple[np.ndarray, np.ndarray, torch.Tensor]:
+    """(codes, scales, float32 weights) of a matrix as encode_expert takes it; extremes: the share of
+    scales that make weights very small or very large."""
+    if kind == "mxfp4":
+        codes = rng.integers(0, 16, (rows, cols), dtype=np.uint8)
+        scales = rng.integers(115, 125, (rows, -(-cols // 32)), dtype=np.uint8)
+        odd = rng.random(scales.shape) < extremes
+        scales[odd] = rng.integers(0, 253, odd.sum())
+        values = np.float32([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+        weight = np.concatenate([values, -values])[codes]
+        weight = (
+            weight * np.ldexp(np.float32(1), scales.astype(np.int32) - 127).repeat(32, 1)[:, :cols]
+        )
+        return codes[:, ::2] | codes[:, 1::2] << 4, scales, torch.from_numpy(weight)
+    codes = rng.integers(0, 256, (rows, cols), dtype=np.uint8)
+    codes[codes & 127 == 127] ^= 1  # NaN
+    scales = rng.standard_normal((-(-rows // 16), -(-cols // 128))).astype(np.float32) / 1000
+    scales[rng.random(scales.shape) < extremes] *= np.float32(1e-36)  # products are subnormal
+    value = torch.from_numpy(codes).view(torch.float8_e4m3fn).float()
+    scale = torch.from_numpy(scales.repeat(16, 0).repeat(128, 1)[:rows, :cols])
+    return codes, scales, value * scale
+
+
+def coded_expert(
+    rng: np.random.Generator,
+    hidden: int,
+    intermediate: int,
+    kind: torch.dtype | str,
+    *,
+    gated: bool = True,
+    biased: bool = False,
+    extremes: float = 0.1,
+) -> LadderExpert:
+    """An expert whose exact record holds codes; payloads by the encoder, weights by torch."""
+    shapes = [(intermediate, hidden)] * (2 if gated else 1) + [(hidden, intermediate)]
+    drawn = (random_codes(rng, *shape, kind, extremes) for shape in shapes)
+    codes, scales, dense = zip(*drawn, strict=True)
+    biases = [rng.standard_normal(rows).astype(np.float32) for rows, _ in shapes] if biased else []
+    payloads = _C.encode_expert(list(codes), biases, EXACT_DTYPES[kind], gated, None, list(scales))
+    return LadderExpert(
+        hidden,
+        intermediate,
+        gated,
+        biased,
+        kind,
+        payloads,
+        [[]] * 4 + [list(dense)],
+        [[]] * 4 + [[torch.from_numpy(b) for b in biases]],
+    )
 
 
 def random_expert(

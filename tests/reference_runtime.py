@@ -63,10 +63,12 @@ class ReferenceRuntime:
         return cls([block.spec for block in blocks], experts)
 
     @classmethod
-    def of_store(cls, blocks: list[MoEBlock], store: Store) -> ReferenceRuntime:
-        """Reads the exact records of a store."""
+    def of_store(
+        cls, blocks: list[MoEBlock], store: Store, dtype: torch.dtype | None = None
+    ) -> ReferenceRuntime:
+        """Reads the exact records of a store. dtype: what codes are decoded to."""
         specs = [block.spec for block in blocks]
-        return cls(specs, [_read_layer(store, i) for i in range(len(specs))])
+        return cls(specs, [_read_layer(store, i, dtype) for i in range(len(specs))])
 
     @torch.no_grad()
     def experts_forward(self, layer_idx, hidden, top_k_index, top_k_weights):
@@ -76,9 +78,10 @@ class ReferenceRuntime:
         )
 
 
-def _read_layer(store: Store, layer_idx: int) -> list[Expert]:
+def _read_layer(store: Store, layer_idx: int, dtype: torch.dtype | None) -> list[Expert]:
     layer = store.layers[layer_idx]
-    dtype = getattr(torch, layer.exact_dtype)
+    exact_dtype = getattr(torch, layer.exact_dtype, layer.exact_dtype)
+    dtype = dtype or exact_dtype
     shape = layer.hidden, layer.intermediate
     num_matrices = 3 if layer.gated else 2
     experts = []
@@ -88,7 +91,7 @@ def _read_layer(store: Store, layer_idx: int) -> list[Expert]:
             *shape,
             gated=layer.gated,
             biased=layer.biased,
-            exact_dtype=dtype,
+            exact_dtype=exact_dtype,
             level=4,
             payloads=payloads,
         )

@@ -5,16 +5,27 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import torch
+from ladder_numpy import random_codes
 
 from comoe.store import LayerSpec, StoreWriter
 
 SPEC = LayerSpec(num_experts=3, hidden=40, intermediate=24, activation="gelu")
 
 
-def tiny_expert(spec: LayerSpec, seed: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def tiny_expert(spec: LayerSpec, seed: int) -> tuple[list[np.ndarray], ...]:
+    """(matrices, biases), and scales where the matrices are codes."""
     rng = np.random.default_rng(seed)
     up, down = (spec.intermediate, spec.hidden), (spec.hidden, spec.intermediate)
     shapes = [up, up, down] if spec.gated else [up, down]
+
+    if spec.exact_dtype in ("float8_e4m3fn", "mxfp4"):
+        kind = torch.float8_e4m3fn if spec.exact_dtype == "float8_e4m3fn" else spec.exact_dtype
+        codes, scales, _ = zip(*(random_codes(rng, *s, kind) for s in shapes), strict=True)
+        biases = (
+            [rng.standard_normal(s[0]).astype(np.float32) for s in shapes] if spec.biased else []
+        )
+        return list(codes), biases, list(scales)
 
     def draw(size):
         values = rng.standard_normal(size).astype(np.float32)

@@ -49,6 +49,7 @@ class Store:
     def engine(self, slabs=8, **kwargs):
         engine = _C.Engine(PAGE, SLAB, slabs * SLAB, level_masks=MASKS, **kwargs)
         assert engine.add_records(*self.table(engine.add_file(str(self.path)))) == 0
+        assert engine.add_experts(np.arange(len(self.payloads), dtype=np.int32)) == 0
         return engine
 
 
@@ -58,8 +59,8 @@ def store(tmp_path):
 
 
 def session(engine, experts, low, high):
-    first = np.asarray(experts, np.int32) * len(SIZES)
-    return engine.session(first, np.asarray(low, np.uint8), np.asarray(high, np.uint8))
+    levels = (np.asarray(level, np.uint8) for level in (low, high))
+    return engine.session(np.asarray(experts, np.int32), *levels)
 
 
 def serve(store, engine, experts, low, high):
@@ -144,7 +145,7 @@ def test_value_and_pin_decide_what_stays(store):
 def test_errors_say_what_to_do(store):
     engine = store.engine()
     ids = np.array([0], np.int32)
-    with pytest.raises(TypeError, match=r"session: first_records: expected .*int32.* got int64"):
+    with pytest.raises(TypeError, match=r"session: experts: expected .*int32.* got int64"):
         engine.session(np.array([0]), UINT8_0, UINT8_0)
     with pytest.raises(TypeError, match=r"request: ids: .*got <class 'list'>"):
         engine.request([0], 1)
@@ -164,8 +165,17 @@ def test_errors_say_what_to_do(store):
         session(engine, [0], [2], [1])
     with pytest.raises(ValueError, match="want_level < 5"):
         session(engine, [0], [0], [5])
-    with pytest.raises(ValueError, match=r"first_record in \[0, 25\]"):
+    with pytest.raises(ValueError, match=r"an expert in \[0, 6\), got 6"):
         session(engine, [6], [0], [0])
+    with pytest.raises(ValueError, match=r"multiple of 5 ids .* got 4"):
+        engine.add_experts(np.zeros(4, np.int32))
+    with pytest.raises(
+        ValueError, match=r"record 1 of expert 0: expected -1 or a record in \[0, 30\)"
+    ):
+        engine.add_experts(np.array([0, 30, 0, 0, 0], np.int32))
+    without_exact = engine.add_experts(np.array([0, 1, 2, 3, -1], np.int32))
+    with pytest.raises(ValueError, match="has no level from 4 to 4; plan a level that it has"):
+        session(engine, [without_exact], [4], [4])
     with pytest.raises(ValueError, match="has handed out"):
         session(engine, [0], [0], [0]).done(0)
     with pytest.raises(ValueError, match="is not resident"):

@@ -1,9 +1,10 @@
+from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
 import pytest
 import torch
-from ladder_numpy import random_expert
+from ladder_numpy import coded_expert, random_expert
 
 from comoe import _C
 from comoe_kernels import threads
@@ -99,6 +100,25 @@ def test_matches_reference(isa, level, x_dtype, exact_dtype):
             every = np.arange(rows)
             got = expert_ffn(x, [paged], [every], [every], rows, isa=isa)
             check(got, expert, level, x, "silu")
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, "mxfp4"], ids=str)
+def test_codes_are_used_as_weights_of_the_type_of_x(isa, x_dtype, kind):
+    rng = np.random.default_rng(0)
+    for hidden, intermediate, gated, biased in ((38, 54, True, True), (288, 160, False, False)):
+        expert = coded_expert(
+            rng, hidden, intermediate, kind, gated=gated, biased=biased, extremes=0
+        )
+        dense = [w.to(x_dtype).float() for w in expert.dense[4]]
+        rounded = replace(expert, exact_dtype=x_dtype, dense=[[]] * 4 + [dense])
+        paged = expert.paged(4, order=rng)
+        for rows in (1, 3, 11):
+            x = torch.from_numpy(rng.standard_normal((rows, hidden)).astype(np.float32)).to(x_dtype)
+            every = np.arange(rows)
+            got = expert_ffn(x, [paged], [every], [every], rows, isa=isa)
+            check(got, rounded, 4, x, "silu")
 
 
 @pytest.mark.parametrize("isa", ISAS)

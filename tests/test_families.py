@@ -224,9 +224,14 @@ distance from the float32 run is at most twice eager's own.
   torch give the same results, more slowly.
 - *prefetch*: whether the next layer's router is understood, so that its experts are read ahead.
 
-Whole models are packed from bf16, fp16 or fp32 checkpoints. A checkpoint that is itself quantised (FP8,
-MXFP4, GPTQ and others) is refused with a message: save a dequantised copy with transformers first. `exact`
-then means the bits of that copy.
+Whole models are packed from bf16, fp16, fp32, FP8 (`fp8`, e4m3 with scales per block or tensor) and MXFP4
+(`mxfp4`, as GPT-OSS) checkpoints. Of the last two `exact` holds the experts' own codes and scales, and
+computes with the weights that transformers gets with `dequantize=True`, bit for bit; dense weights are
+stored dequantised. FP8 experts keep their codes where each block is a multiple of 16 rows and 128 columns or the
+whole matrix, in families on the interface that are neither transposed nor interleaved; others are
+dequantised to the model's type first, and so are codes of other kinds under `fp8`. Checkpoints of other methods
+(GPTQ, AWQ, bitsandbytes and so on) are refused with a message: save a dequantised copy with
+transformers first. `exact` then means the bits of that copy.
 
 | family | class tested | experts | activation | prefetch | note |
 |---|---|---|---|---|---|

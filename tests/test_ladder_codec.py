@@ -6,12 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from ladder_numpy import coded_expert, random_codes
 from safetensors import safe_open
 
 import comoe
 from comoe import _C
 from comoe_kernels import ladder_codec as codec
-from comoe_kernels.ladder_codec import BF16, EXACT_LEVEL, FP16, FP32, Shape
+from comoe_kernels.ladder_codec import BF16, EXACT_LEVEL, FP8, FP16, FP32, MXFP4, Shape
+from comoe_kernels.unpack import EXACT_DTYPES
 
 SHAPES = [
     pytest.param(64, 96, True, id="gated"),
@@ -309,6 +312,53 @@ def test_fp16_subnormals_and_extremes_convert_exactly():
         codec.bias_ref(shape, payloads, 0, 0), every.view(np.float16).astype(np.float32)
     )
     np.testing.assert_array_equal(codec.decode_ref(shape, payloads, EXACT_LEVEL, 0), every[:, None])
+
+
+@pytest.mark.parametrize("kind", [torch.float8_e4m3fn, "mxfp4"], ids=str)
+@pytest.mark.parametrize("size", [(38, 54), (288, 160)])
+def test_codes_come_back_and_levels_follow_them(kind, size):
+    expert = coded_expert(np.random.default_rng(0), *size, kind, biased=True, extremes=0)
+    shape = Shape(*size, biased=True, exact_dtype=EXACT_DTYPES[kind])
+    for m, weight in enumerate(expert.dense[4]):
+        got = codec.decode_ref(shape, expert.payloads, EXACT_LEVEL, m)
+        np.testing.assert_array_equal(got, weight.numpy())
+        bias = expert.biases[4][m].numpy()
+        for level in (0, EXACT_LEVEL):
+            np.testing.assert_array_equal(codec.bias_ref(shape, expert.payloads, level, m), bias)
+        close = codec.decode_ref(shape, expert.payloads, 3, m)
+        assert np.square(close - got).mean() < 1e-3 * np.square(got).mean()
+
+
+@pytest.mark.parametrize(
+    ("kind", "place", "value", "message"),
+    [
+        (FP8, "codes", 0x7F, r"matrix up \[32, 64\] must be finite, got NaN at row 3, column 5"),
+        (FP8, "codes", 0xFF, "got NaN"),
+        (FP8, "scales", np.float32(np.nan), r"must be finite, got NaN at row 0, column 0"),
+        (FP8, "scales", np.float32(np.inf), "must be finite"),
+        (MXFP4, "scales", 255, r"matrix up \[32, 64\] must be finite, got .* at row 3, column 32"),
+    ],
+)
+def test_codes_that_are_no_numbers_are_refused(kind, place, value, message):
+    rng, name = np.random.default_rng(0), {FP8: torch.float8_e4m3fn, MXFP4: "mxfp4"}[kind]
+    drawn = [random_codes(rng, *shape, name) for shape in ((32, 64), (32, 64), (64, 32))]
+    codes, scales = ([d[i] for d in drawn] for i in range(2))
+    at = (3, 5) if place == "codes" else (0, 0) if kind == FP8 else (3, 1)
+    {"codes": codes, "scales": scales}[place][1][at] = value
+    with pytest.raises(ValueError, match=message):
+        _C.encode_expert(codes, [], kind, True, None, scales)
+
+
+def test_scales_are_checked():
+    codes, scales, _ = random_codes(np.random.default_rng(0), 64, 64, "mxfp4")
+    with pytest.raises(ValueError, match=r"scales must be one per matrix of codes \(2\), got 0"):
+        _C.encode_expert([codes] * 2, [], MXFP4, False)
+    with pytest.raises(ValueError, match=r"scales 0 must be \[64, 2\] \(32 columns each\), got"):
+        _C.encode_expert([codes] * 2, [], MXFP4, False, None, [scales[:, :1]] * 2)
+    with pytest.raises(TypeError, match="scales must be uint8"):
+        _C.encode_expert([codes] * 2, [], MXFP4, False, None, [scales.astype(np.float32)] * 2)
+    with pytest.raises(ValueError, match="even intermediate size, got 63"):
+        _C.encode_expert([codes[:63]] * 2, [], MXFP4, False, None, [scales] * 2)
 
 
 @pytest.mark.parametrize(

@@ -90,11 +90,16 @@ def test_inspect(tmp_path):
 def test_page_bytes_hold_whole_blocks_and_waste_little():
     for hidden, intermediate, gated in [(2048, 768, True), (768, 3072, False), (4096, 14336, True)]:
         geometry = LayerSpec(1, hidden, intermediate, gated).geometry
-        page = fmt.choose_page_bytes([geometry])
-        assert page % 4096 == 0
         sizes = np.array([geometry.record_bytes(r) for r in range(4)])
+        page = fmt.choose_page_bytes(
+            geometry.num_weights, [tuple(sizes[:level]) for level in range(1, 5)]
+        )
+        assert page % 4096 == 0
         assert (-(-sizes // page) * page).sum() <= 1.03 * sizes.sum()
-    assert fmt.choose_page_bytes([LayerSpec(1, 8, 5).geometry]) % 4096 == 0
+        # A mean of 4 H bytes does not take a page of 100 KB.
+        page = fmt.choose_page_bytes(geometry.num_weights, [(geometry.mean_bytes,), tuple(sizes)])
+        assert page <= fmt.padded(geometry.mean_bytes)
+    assert fmt.choose_page_bytes(120, [(4000,)]) == 4096
 
 
 # ---- interruption and resuming --------------------------------------------------------------------

@@ -162,8 +162,16 @@ def test_a_pipe_is_not_waited_for(copy):
         (lambda m: m["layers"][0].update(bytes=-1), "bytes must be an integer"),
         (lambda m: m["layers"][0].pop("header_crc32c"), "header_crc32c must be text"),
         (lambda m: m.pop("model_type"), "model_type must be text"),
-        (lambda m: m["levels"].pop(), "level 'exact' must need records 0b10000"),
-        (lambda m: m["levels"][4].update(mask=0b1111), "level 'exact' must need records"),
+        (lambda m: m["levels"].pop(), "last level must be 'exact' with mask 16"),
+        (lambda m: m["levels"][4].update(mask=0b10), "last level must be 'exact'"),
+        (lambda m: m["levels"][4].update(mask=0b1111), "same name or mask"),
+        (lambda m: m["levels"].reverse(), "last level must be 'exact'"),
+        (lambda m: m["levels"][1].update(name="2"), "same name or mask"),
+        (lambda m: m["levels"][1].update(mask=0b10), "record 1 adds to record 0, .* lacks"),
+        (lambda m: m["levels"][1].update(mask=0b10001), r"\(exact\) must be the level's only"),
+        (lambda m: m["levels"][1].update(mask=1 << 5), "needs records .5., which no expert has"),
+        (lambda m: m["levels"][1].update(mask=1 << 32), "mask must be an integer in"),
+        (lambda m: m.update(levels=m["levels"] * 7), "levels must be a list of 1..32"),
     ],
 )
 def test_bad_manifests(copy, change, message):
@@ -254,7 +262,7 @@ def test_truncated_and_extended(copy):
         (put("gated", 0), "does not fit"),
         (put("gated", 2), "gated and biased"),
         (put("activation", 77), "activation 77 is unknown"),
-        (put("exact_dtype", 9), "exact_dtype 9 is unknown"),
+        (put("exact_dtype", 9), "exact_dtype 9 is unknown to this comoe"),
         (put("exact_dtype", 0), "does not fit"),
         (put("alpha", np.nan), "must be finite"),
         (put("group_cols", 64), "groups 128"),
@@ -300,7 +308,7 @@ def test_a_shared_extent_is_no_overlap(copy):
     assert store.payload(0, 0, 4) == store.payload(0, 1, 4)
 
     rewrite_layer(copy, put_record("shared_id", 1, expert=1, record=4))
-    with pytest.raises(StoreError, match="overlap"):
+    with pytest.raises(StoreError, match="record 4 of expert 0 and record 4 of expert 1 overlap"):
         Store.open(copy)
 
 
@@ -332,7 +340,8 @@ def with_sixth_record(folder, kind, flags):
 def test_a_kind_from_the_future_is_skipped_unless_it_is_required(copy):
     with_sixth_record(copy, kind=99, flags=0)
     store = Store.open(copy)
-    assert store.layers[0].records.shape == (3, 5)
+    assert store.layers[0].records.shape == (3, 6)
+    assert not store.layers[0].records["nbytes"][:, 5].any()
     store.payload(0, 2, 4)
 
 

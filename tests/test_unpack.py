@@ -1,13 +1,14 @@
 import numpy as np
 import pytest
 import torch
-from ladder_numpy import random_expert
+from ladder_numpy import coded_expert, random_expert
 
 from comoe import _C
 from comoe_kernels.expert_ffn import use_isa
 from comoe_kernels.unpack import paged_expert, unpack, unpack_bias, unpack_bytes
 
 ISAS = _C.isa_names()
+CODED = [torch.float8_e4m3fn, "mxfp4"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Primes reach every tail; the second shape has whole blocks, a part of a group, and several pages.
 SHAPES = [(37, 53), (160, 96)]
@@ -33,6 +34,22 @@ def test_matches_numpy(isa, exact_dtype, shape):
                         got, dense.to(dtype), rtol=max(1e-6, torch.finfo(dtype).eps), atol=1e-7
                     )
             assert torch.equal(unpack_bias(paged, m), expert.biases[level][m])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("kind", CODED, ids=str)
+@pytest.mark.parametrize("shape", [(38, 54), (160, 96), (288, 200)], ids=str)
+def test_codes_are_decoded_bit_for_bit(isa, kind, shape):
+    """Subnormal results too, which vector conversions to bf16 would flush."""
+    rng = np.random.default_rng(6)
+    expert = coded_expert(rng, *shape, kind, biased=True)
+    paged = expert.paged(4, order=rng)
+    for m, dense in enumerate(expert.dense[4]):
+        for dtype in DTYPES:
+            with use_isa(isa):
+                got = unpack(paged, m, dtype)
+            assert torch.equal(got.view(torch.uint8), dense.to(dtype).view(torch.uint8))
+        assert torch.equal(unpack_bias(paged, m), expert.biases[4][m])
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -91,6 +108,16 @@ def test_bytes_count_what_is_stored():
             unpack_bytes(expert.paged(level), m, torch.bfloat16) - 256 * 128 * 2 for m in range(3)
         )
         assert counted + headers[level] <= stored[level] < counted + headers[level] + 128
+
+
+@pytest.mark.parametrize(
+    ("kind", "bits"), [(torch.float8_e4m3fn, 8.0157), ("mxfp4", 4.25)], ids=str
+)
+def test_codes_are_stored_in_their_own_size(kind, bits):
+    expert = coded_expert(np.random.default_rng(7), 1024, 512, kind)
+    assert 8 * len(expert.payloads[4]) / (3 * 1024 * 512) == pytest.approx(bits, abs=1e-3)
+    counted = sum(unpack_bytes(expert.paged(4), m, torch.bfloat16) for m in range(3))
+    assert counted - 6 * 1024 * 512 <= len(expert.payloads[4]) < counted - 6 * 1024 * 512 + 512
 
 
 def test_bad_arguments():

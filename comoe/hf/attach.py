@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -47,10 +48,13 @@ class BoundExperts:
         self.runtime: Runtime | None = runtime
         self.layer_idx = layer_idx
         self.name = name
+        self.instead: Callable[..., torch.Tensor] | None = None  # see `replaced`
 
     def experts_forward(
         self, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
+        if self.instead is not None:
+            return self.instead(self.layer_idx, hidden, top_k_index, top_k_weights)
         if self.runtime is None:
             raise RuntimeError(
                 f"{self.name}: its comoe runtime was closed and the expert weights are not in memory. "
@@ -99,6 +103,23 @@ def attach(blocks: Sequence[MoEBlock], runtime: Runtime) -> None:
             config = configs.setdefault(id(module.config), copy.deepcopy(module.config))
             config._experts_implementation = IMPLEMENTATION
             module.config = config
+
+
+@contextmanager
+def replaced(model: nn.Module, forward: Callable[..., torch.Tensor]) -> Iterator[None]:
+    """Inside, the experts of a loaded model are `forward(layer_idx, hidden, top_k_index, top_k_weights)`,
+    gradients included, and its runtime rests."""
+    found = [
+        m._comoe for m in model.modules() if isinstance(getattr(m, "_comoe", None), BoundExperts)
+    ]
+    before = [bound.instead for bound in found]
+    for bound in found:
+        bound.instead = forward
+    try:
+        yield
+    finally:
+        for bound, was in zip(found, before, strict=True):
+            bound.instead = was
 
 
 def detach(blocks: Sequence[MoEBlock]) -> None:

@@ -11,7 +11,9 @@ import copy
 import hashlib
 import json
 import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,9 +28,20 @@ from transformers.core_model_loading import (
 )
 
 from comoe.hf.blocks import UnsupportedModelError, discover
-from comoe.hf.safetensors_io import CheckpointError, TensorEntry, read_header
-
-EXACT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from comoe.hf.convert import EXACT_DTYPES
+from comoe.hf.layouts import Expert
+from comoe.hf.quantized import (
+    MXFP4,
+    SUFFIXES,
+    Pair,
+    Pick,
+    coded_experts,
+    exact_type,
+    find_pairs,
+    read_scales,
+    source_quantizer,
+)
+from comoe.hf.safetensors_io import CheckpointError, MadeTensor, TensorEntry, read_header
 
 
 @dataclass
@@ -38,6 +51,7 @@ class Unit:
     target: str
     converter: WeightConverter | None
     sources: list[tuple[str, str]] = field(default_factory=list)  # (pattern, checkpoint name)
+    pairs: list[Pair] = field(default_factory=list)  # those of the sources that are quantised
 
     def targets(self) -> list[str]:
         if self.converter is None:
@@ -56,27 +70,40 @@ class Checkpoint:
                 f"{self.folder}: not a folder. Expected a Hugging Face checkpoint."
             )
         self.config = read_config(self.folder)
-        quantized = _quant_method(self.config)
-        if quantized == "comoe":
-            raise CheckpointError(f"{self.folder} is packed already: load it with comoe.load.")
-        if quantized is not None:
-            raise CheckpointError(
-                f"{self.folder}: its weights are quantised ({quantized}), which comoe cannot pack. "
-                "Use the original bf16 checkpoint, or save a dequantised copy: "
-                "from_pretrained(src, dtype='bfloat16') with the method's dequantize option, then "
-                "save_pretrained(copy)."
-            )
+        self.quantizer = source_quantizer(self.config, self.folder)
         self.tensors = find_tensors(self.folder)
         self.model = meta_model(self.config)
+        if self.quantizer is not None:
+            # Dequantised weights get the type of the model's parameters.
+            self.model.to(self.config.dtype or torch.bfloat16)
         self.blocks = discover(self.model)
         self._units, self._dense, self.unused = self._plan()
         self._check_complete()
+        self._exact_types = [self._exact_type(i) for i in range(len(self.blocks))]
         self._pending: dict[str, torch.Tensor] = {}
 
     @property
-    def dense(self) -> list[TensorEntry]:
-        """Tensors that are no experts', under their names in the checkpoint."""
-        return [self.tensors[name] for name in self._dense]
+    def dense(self) -> list[TensorEntry | MadeTensor]:
+        """Tensors that are no experts': as they lie in the checkpoint, or dequantised."""
+        return [entry for unit in self._dense for entry in self._dense_entries(unit)]
+
+    def _dense_entries(self, unit: Unit) -> list[TensorEntry | MadeTensor]:
+        if not unit.pairs:
+            return [self.tensors[key] for _, key in unit.sources]
+        # What other operations made of a tensor has the model's name, else it keeps the checkpoint's.
+        own = len(unit.converter.operations) == 1
+        return [
+            MadeTensor(
+                unit.pairs[0].codes.name.removesuffix(SUFFIXES[self._method][0]) if own else name,
+                self.model.get_parameter(name).dtype,
+                tuple(self.model.get_parameter(name).shape),
+                partial(self._made, unit, name),
+            )
+            for name in unit.targets()
+        ]
+
+    def _made(self, unit: Unit, name: str) -> torch.Tensor:
+        return self._convert(unit)[name].to(self.model.get_parameter(name).dtype)
 
     @property
     def dense_bytes(self) -> int:
@@ -88,8 +115,43 @@ class Checkpoint:
 
     def block_dtype(self, block_idx: int) -> torch.dtype:
         """The type that load_block will give, known before anything is read."""
-        entries = [self.tensors[key] for u in self._units[block_idx] for _, key in u.sources]
-        return common_dtype(self.blocks[block_idx].name, [entry.torch_dtype for entry in entries])
+        dtypes = [
+            self.tensors[key].torch_dtype
+            for unit in self._units[block_idx]
+            for _, key in unit.sources
+            if not unit.pairs
+        ]
+        if any(unit.pairs for unit in self._units[block_idx]):
+            dtypes.append(self.model.dtype)
+        return common_dtype(self.blocks[block_idx].name, dtypes)
+
+    def exact_dtype(self, block_idx: int) -> str:
+        """What load_experts will give, as the store names it."""
+        return self._exact_types[block_idx] or EXACT_DTYPES[self.block_dtype(block_idx)]
+
+    def load_experts(self, block_idx: int) -> Iterator[Expert]:
+        """One block's experts in canonical orientation: elements of block_dtype, or codes and scales."""
+        block, kind = self.blocks[block_idx], self._exact_types[block_idx]
+        if kind is None:
+            return block.experts(self.load_block(block_idx))
+        codes: dict[str, torch.Tensor] = {}
+        scales: dict[str, torch.Tensor] = {}
+        for unit in self._units[block_idx]:
+            codes |= self._convert(unit, Pick(self._method, scales=False) if unit.pairs else None)
+            if unit.pairs:
+                scales |= self._convert(unit, Pick(self._method, scales=True))
+        for name, tensor in codes.items():
+            shape = list(tensor.shape)
+            if kind == MXFP4 and tensor.dim() == 3:  # two codes in a byte, along the input
+                shape[1] *= 2
+            self._check_shape(name, shape)
+        short = len(block.name) + 1
+        return coded_experts(
+            block,
+            kind,
+            {name[short:]: tensor for name, tensor in codes.items()},
+            {name[short:]: tensor for name, tensor in scales.items()},
+        )
 
     def fingerprint(self) -> str:
         """Identifies the source: names, shapes and places of tensors, file sizes and times, config."""
@@ -121,21 +183,52 @@ class Checkpoint:
         for name in wanted:
             if name not in found:
                 raise CheckpointError(f"{self.folder}: no tensor of the checkpoint gives {name}.")
-            expected = self.model.get_parameter(name).shape
-            if found[name].shape != expected:
-                raise CheckpointError(
-                    f"{name}: config.json asks for shape {tuple(expected)}, the checkpoint has "
-                    f"{tuple(found[name].shape)}. The config does not belong to these weights."
-                )
+            self._check_shape(name, found[name].shape)
         dtype = self.block_dtype(block_idx)
         return {wanted[name]: tensor.to(dtype) for name, tensor in found.items() if name in wanted}
 
-    def _convert(self, unit: Unit) -> dict[str, torch.Tensor]:
+    def _check_shape(self, name: str, got: Sequence[int]) -> None:
+        expected = self.model.get_parameter(name).shape
+        if tuple(got) != tuple(expected):
+            raise CheckpointError(
+                f"{name}: config.json asks for shape {tuple(expected)}, the checkpoint has "
+                f"{tuple(got)}. The config does not belong to these weights."
+            )
+
+    @property
+    def _method(self) -> str:
+        # Text, or an enumeration of transformers that equals it.
+        return next(m for m in SUFFIXES if m == self.quantizer.quantization_config.quant_method)
+
+    def _exact_type(self, block_idx: int) -> str | None:
+        """Of codes that the store can hold; None for a block of plain or dequantised weights."""
+        block, units = self.blocks[block_idx], self._units[block_idx]
+        names = {f"{block.name}.{name}" for name in block.parameter_names}
+        quantised = [unit for unit in units if unit.pairs]
+        plain = [unit.target for unit in units if not unit.pairs]
+        if not quantised or not all(name.endswith("_bias") for name in plain):
+            return None
+        if not all(names.issuperset(unit.targets()) for unit in quantised):
+            return None
+        return exact_type(block, [(u.converter, u.pairs) for u in quantised], self.quantizer)
+
+    def _reader(self, unit: Unit, key: str):
+        """How to read a tensor for a conversion."""
+        for pair in unit.pairs:
+            if key == pair.scales.name and pair.codes.dtype.startswith("F8"):
+                block_size = self.quantizer.quantization_config.weight_block_size
+                return partial(read_scales, pair, block_size)
+        return self.tensors[key].read
+
+    def _convert(self, unit: Unit, instead: Pick | None = None) -> dict[str, torch.Tensor]:
+        """The unit's model tensors; `instead` takes the place of a dequantisation."""
         if unit.converter is None:
             return {unit.target: self.tensors[unit.sources[0][1]].read()}
         converter = copy.deepcopy(unit.converter)
+        if instead is not None:
+            converter.operations[0] = instead
         for pattern, key in unit.sources:
-            converter.add_tensor(unit.target, key, pattern, self.tensors[key].read)
+            converter.add_tensor(unit.target, key, pattern, self._reader(unit, key))
         try:
             out = converter.convert(unit.target, model=self.model, config=self.model.config)
         except CheckpointError:
@@ -147,21 +240,20 @@ class Checkpoint:
             ) from error
         return {name: t[0] if isinstance(t, list) else t for name, t in out.items()}
 
-    def _plan(self) -> tuple[list[list[Unit]], list[str], list[str]]:
-        """Units of each block, names of dense tensors, names that the model has no use for."""
+    def _plan(self) -> tuple[list[list[Unit]], list[Unit], list[str]]:
+        """Units of each block, units of dense tensors, names that the model has no use for."""
         model_tensors = self.model.state_dict()
         owner = {
             f"{block.name}.{name}": i
             for i, block in enumerate(self.blocks)
             for name in block.parameter_names
         }
-        transforms = get_model_conversion_mapping(self.model)
+        transforms = get_model_conversion_mapping(self.model, None, self.quantizer)
         renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
         converters = [t for t in transforms if isinstance(t, WeightConverter)]
         by_pattern = {p: c for c in converters for p in c.source_patterns}
         prefix = self.model.base_model_prefix
         units: dict[str, Unit] = {}
-        keys: dict[str, str] = {}  # checkpoint name -> target
         unused = []
         # The order and the second try are those of transformers' own loader.
         for key in sorted(self.tensors, key=dot_natural_key):
@@ -173,12 +265,14 @@ class Checkpoint:
                 continue
             unit = units.setdefault(target, Unit(target, by_pattern.get(pattern)))
             unit.sources.append((pattern or key, key))
-            keys[key] = target
         per_block: list[list[Unit]] = [[] for _ in self.blocks]
-        experts = set()
+        dense = []
         for unit in units.values():
+            if self.quantizer is not None and unit.converter is not None:
+                unit.pairs = find_pairs(unit.sources, self.tensors, self._method)
             owners = {owner.get(name) for name in unit.targets()}
             if owners == {None}:
+                dense.append(unit)
                 continue
             if None in owners:
                 raise UnsupportedModelError(
@@ -187,8 +281,6 @@ class Checkpoint:
                 )
             for block_idx in owners:
                 per_block[block_idx].append(unit)
-            experts.update(key for _, key in unit.sources)
-        dense = [key for key in keys if key not in experts]
         return per_block, dense, unused
 
     def _check_complete(self) -> None:
@@ -224,16 +316,6 @@ def read_config(folder: Path) -> PreTrainedConfig:
                 "a newer transformers may have it."
             ) from error
         raise UnsupportedModelError(f"{path}: transformers cannot read it: {error}") from error
-
-
-def _quant_method(config: PreTrainedConfig) -> str | None:
-    for part in (config, config.get_text_config()):
-        quantization = getattr(part, "quantization_config", None)
-        if quantization is not None:
-            if not isinstance(quantization, dict):
-                quantization = quantization.to_dict()
-            return str(quantization.get("quant_method", "unknown"))
-    return None
 
 
 def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:

@@ -12,25 +12,26 @@ from comoe.runtime.spec import ExpertsSpec
 from comoe.store import LayerSpec
 
 EXACT_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-Arrays = tuple[list[np.ndarray], list[np.ndarray]]
+Arrays = tuple[list[np.ndarray], ...]
 
 
 def to_numpy(tensor: torch.Tensor) -> np.ndarray:
-    """float32 as such; bf16 and fp16 as uint16 of the same bits, since numpy has no bf16."""
+    """float32 and codes as such; bf16 and fp16 as uint16 of the same bits, since numpy has no bf16."""
     tensor = tensor.detach().contiguous()
-    if tensor.dtype == torch.float32:
+    if tensor.dtype in (torch.float32, torch.uint8):
         return tensor.numpy()
     return tensor.view(torch.uint16).numpy()
 
 
 def to_arrays(experts: Iterable[Expert]) -> Iterator[Arrays]:
-    """(matrices, biases) of each expert, contiguous, one expert at a time."""
+    """(matrices, biases, scales) of each expert, contiguous, one expert at a time."""
     for expert in experts:
-        yield [to_numpy(m) for m in expert.matrices], [to_numpy(b) for b in expert.biases]
+        parts = (expert.matrices, expert.biases, expert.scales)
+        yield tuple([to_numpy(tensor) for tensor in part] for part in parts)
 
 
-def layer_spec(spec: ExpertsSpec, dtype: torch.dtype) -> LayerSpec:
-    """What the store writes down of a layer."""
+def layer_spec(spec: ExpertsSpec, exact_dtype: str) -> LayerSpec:
+    """What the store writes down of a layer; exact_dtype as the store names it."""
     return LayerSpec(
         num_experts=spec.num_experts,
         hidden=spec.hidden,
@@ -40,5 +41,5 @@ def layer_spec(spec: ExpertsSpec, dtype: torch.dtype) -> LayerSpec:
         activation=spec.activation,
         alpha=spec.alpha,
         limit=spec.limit,
-        exact_dtype=EXACT_DTYPES[dtype],
+        exact_dtype=exact_dtype,
     )

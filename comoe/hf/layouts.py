@@ -29,6 +29,7 @@ class Expert:
 
     matrices: tuple[torch.Tensor, ...]  # [gate,] up, down
     biases: tuple[torch.Tensor, ...] = ()  # the same order, or empty
+    scales: tuple[torch.Tensor, ...] = ()  # of matrices that are codes, as a store holds them
 
 
 def _numbers(module: nn.Module) -> tuple[float, ...]:

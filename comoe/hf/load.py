@@ -13,8 +13,10 @@ from comoe.config import CoMoEConfig
 from comoe.hf.attach import attach, detach
 from comoe.hf.blocks import MoEBlock
 from comoe.hf.checkpoint import model_class, read_config
+from comoe.hf.kv_cache import bytes_of, positions
 from comoe.hf.routers import NextGate
 from comoe.hf.sizes import experts_per_token, model_sizes
+from comoe.runtime.budget import Step
 from comoe.runtime.runtime import Runtime
 from comoe.store import Store
 
@@ -58,7 +60,7 @@ def start_runtime(
 
 
 def _begin_step(model: nn.Module, args: tuple, kwargs: dict) -> None:
-    """Before every forward pass: how many tokens come, and how many positions want logits."""
+    """Before every forward pass: how many tokens come after how many, and how many want logits."""
     names = ("input_ids", "inputs_embeds", "decoder_input_ids", "decoder_inputs_embeds")
     inputs = [kwargs.get(name) for name in names] + list(args[:1])
     shapes = [t.shape for t in inputs if isinstance(t, torch.Tensor) and t.dim() >= 2]
@@ -68,4 +70,12 @@ def _begin_step(model: nn.Module, args: tuple, kwargs: dict) -> None:
     tokens = max(shape[1] for shape in shapes)
     keep = kwargs.get("logits_to_keep", 0)
     logits = keep if isinstance(keep, int) and 0 < keep < tokens else tokens
-    model.comoe.begin_step(batch, tokens, logits)
+    cache = kwargs.get("past_key_values")
+    past = positions(cache)
+    mask = kwargs.get("attention_mask")
+    masked = (
+        (past > 0 and tokens > 1)
+        or 0 < model.comoe.budget.sizes.window < past + tokens
+        or (isinstance(mask, torch.Tensor) and (mask.dim() > 2 or not bool(mask.all())))
+    )
+    model.comoe.begin_step(Step(batch, tokens, logits, past, masked), bytes_of(cache))

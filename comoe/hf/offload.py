@@ -15,7 +15,7 @@ from comoe.config import CoMoEConfig
 from comoe.hf.attach import refuse_saving
 from comoe.hf.blocks import MoEBlock, discover
 from comoe.hf.checkpoint import common_dtype
-from comoe.hf.convert import layer_spec, to_arrays
+from comoe.hf.convert import EXACT_DTYPES, layer_spec, to_arrays
 from comoe.hf.load import start_runtime
 from comoe.store import Store, StoreWriter
 
@@ -72,7 +72,7 @@ def _write_store(model: nn.Module, blocks: list[MoEBlock], folder: Path) -> None
         }
         writer.add_layer(
             block.name,
-            layer_spec(block.spec, dtype),
+            layer_spec(block.spec, EXACT_DTYPES[dtype]),
             to_arrays(block.experts(tensors)),
             fingerprint=fingerprint,
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from comoe.hf.blocks import MoEBlock
+from comoe.hf.layouts import Layout
+from comoe.runtime.spec import ExpertsSpec
 
 PROBE_TOKENS = 64
 
@@ -26,6 +28,10 @@ PROBE_TOKENS = 64
 class Gate(Protocol):
     def choose(self, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [T, H] -> experts [T, K], int64, in no order."""
+        ...
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor | None:
+        """hidden [T, H] -> the router's scores [T, E]; None: it does not give them out."""
         ...
 
 
@@ -39,9 +45,13 @@ class LinearGate:
     k: int
 
     def choose(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self.logits(hidden).topk(self.k, dim=-1).indices
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[T, E]"""
         weight = getattr(self.owner, self.name)
         bias = self.owner.bias if self.has_bias else None
-        return F.linear(hidden.to(weight.dtype), weight, bias).topk(self.k, dim=-1).indices
+        return F.linear(hidden.to(weight.dtype), weight, bias)
 
 
 @dataclass(frozen=True)
@@ -49,10 +59,26 @@ class RouterGate:
     """A router module of transformers' usual kind: (hidden) -> (..., experts [T, K])."""
 
     router: nn.Module
+    num_experts: int
 
     def choose(self, hidden: torch.Tensor) -> torch.Tensor:
         # `forward`, not the call: hooks that collect router logits must not see guesses.
         return _indices(self.router.forward(hidden))
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor | None:
+        """[T, E]: the router's first such output (logits, or what it made of them); None: it has none."""
+        outputs = self.router.forward(hidden)
+        wide = self.num_experts
+        return next(
+            (
+                x
+                for x in outputs
+                if isinstance(x, torch.Tensor)
+                and x.is_floating_point()
+                and x.shape == (len(hidden), wide)
+            ),
+            None,
+        )
 
 
 def _indices(outputs: object) -> torch.Tensor | None:
@@ -72,6 +98,21 @@ def find_gate(model: nn.Module, block: MoEBlock, k: int) -> Gate | None:
     hidden = _probe(block, parent)
     same = torch.equal(linear.choose(hidden).sort().values, router.choose(hidden).sort().values)
     return linear if same else router
+
+
+def router_logits(
+    model: nn.Module, specs: Sequence[ExpertsSpec], k: int
+) -> list[Callable[[torch.Tensor], torch.Tensor] | None]:
+    """Per layer of a model with a runtime: hidden [T, H] -> the router's scores [T, E]; None where the
+    router is not understood."""
+    found = []
+    for spec in specs:
+        block = MoEBlock(spec.name, model.get_submodule(spec.name), spec, Layout())
+        gate = find_gate(model, block, k)
+        parent = model.get_submodule(spec.name.rpartition(".")[0])
+        known = gate is not None and gate.logits(_probe(block, parent)) is not None
+        found.append(gate.logits if known else None)
+    return found
 
 
 def _probe(block: MoEBlock, parent: nn.Module) -> torch.Tensor:
@@ -115,7 +156,7 @@ def _router_gates(parent: nn.Module, block: MoEBlock) -> Iterator[RouterGate]:
             and indices.shape[0] == len(hidden)
             and indices.shape[1] < block.spec.num_experts
         ):
-            yield RouterGate(module)
+            yield RouterGate(module, block.spec.num_experts)
 
 
 class NextGate:

@@ -76,6 +76,20 @@ class TensorEntry:
         return torch.frombuffer(data, dtype=dtype).view(self.shape)
 
 
+@dataclass(frozen=True)
+class MadeTensor:
+    """A tensor that is made when it is written, of known type and shape."""
+
+    name: str
+    torch_dtype: torch.dtype
+    shape: tuple[int, ...]
+    read: Callable[[], torch.Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.torch_dtype.itemsize
+
+
 def read_header(path: Path) -> dict[str, TensorEntry]:
     """Entries of a safetensors file; raises CheckpointError if the file is damaged."""
 
@@ -122,7 +136,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
 
 def write_file(
     path: Path,
-    tensors: Iterable[tuple[str, TensorEntry | torch.Tensor]],
+    tensors: Iterable[tuple[str, TensorEntry | MadeTensor | torch.Tensor]],
     advance: Callable[[int], None] = lambda nbytes: None,
 ) -> None:
     """Write a safetensors file; entries are copied byte for byte, in chunks."""
@@ -132,9 +146,10 @@ def write_file(
     at = 0
     for name, tensor in tensors:
         if isinstance(tensor, TensorEntry):
-            dtype, shape, nbytes = tensor.dtype, tensor.shape, tensor.nbytes
+            dtype = tensor.dtype
         else:
-            dtype, shape, nbytes = names[tensor.dtype], tuple(tensor.shape), tensor.nbytes
+            dtype = names[tensor.torch_dtype if isinstance(tensor, MadeTensor) else tensor.dtype]
+        shape, nbytes = tuple(tensor.shape), tensor.nbytes
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + nbytes]}
         at += nbytes
     text = json.dumps(header).encode()
@@ -146,6 +161,8 @@ def write_file(
             if isinstance(tensor, TensorEntry):
                 _copy(tensor, out, advance)
             else:
+                if isinstance(tensor, MadeTensor):
+                    tensor = tensor.read()
                 out.write(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
                 advance(tensor.nbytes)
         out.flush()

@@ -42,10 +42,25 @@ def experts_per_token(model: nn.Module) -> int:
     return _attribute(config, *names, default=_attribute(inner, *names, default=2))
 
 
+# In config.layer_types: layers whose cache does not grow with the context, or only up to a window.
+CONSTANT = ("linear", "mamba", "conv", "recurrent", "moe", "mlp")
+WINDOWED = ("sliding", "chunked")
+
+
+def _layer_kinds(config, layers: int) -> tuple[int, int]:
+    """(layers that cache every position, layers that cache the last ones)."""
+    kinds = getattr(config, "layer_types", None)
+    if not isinstance(kinds, (list, tuple)) or not all(isinstance(kind, str) for kind in kinds):
+        return layers, 0
+    windowed = sum(any(word in kind for word in WINDOWED) for kind in kinds)
+    constant = sum(any(word in kind for word in CONSTANT) for kind in kinds)
+    return len(kinds) - windowed - constant, windowed
+
+
 def model_sizes(model: nn.Module, experts_per_token: int, expert_intermediate: int) -> ModelSizes:
     """ModelSizes of a model whose experts are stripped.
 
-    The KV cache is 2 * layers * KV heads * head size per position (twice that with cross-attention);
+    The KV cache is 2 * KV heads * head size per layer and position (twice that with cross-attention);
     activations are the residual stream, one attention block or one dense MLP, and the experts' rows.
     """
     config = model.config.get_text_config()
@@ -62,17 +77,25 @@ def model_sizes(model: nn.Module, experts_per_token: int, expert_intermediate: i
         config, "intermediate_size", "d_ff", "decoder_ffn_dim", default=4 * hidden
     )
     vocabulary = _attribute(config, "vocab_size", default=32_000)
-    kv = 2 * layers * kv_heads * head_dim * element
+    kv_layer = 2 * kv_heads * head_dim * element
     if getattr(model.config, "is_encoder_decoder", False):
-        kv *= 2
+        kv_layer *= 2
+    full, windowed = _layer_kinds(config, layers)
     attention = 2 * (heads + kv_heads) * head_dim
     activations = element * (4 * hidden + max(attention, 3 * dense_intermediate)) + 8 * hidden
     eager = getattr(config, "_attn_implementation", None) == "eager"
     return ModelSizes(
         dense=dense,
-        kv_per_token=kv,
+        kv_per_token=full * kv_layer,
+        kv_windowed=windowed * kv_layer,
+        window=_attribute(config, "sliding_window", "attention_chunk_size") if windowed else 0,
+        kv_layer=kv_layer,
         activations_per_token=activations,
         expert_rows_per_token=4 * experts_per_token * (hidden + expert_intermediate),
         logits_per_token=vocabulary * (element + 4),
-        scores_per_pair=heads * (element + 4) if eager else 0,
+        # scores, scaled or masked ones, and the softmax of them, in and out, in float32
+        scores_per_pair=heads * (2 * element + 8) if eager else 0,
+        # a bool mask, one that it is made from, and what attention adds to the scores
+        mask_per_pair=2 + element,
+        repeat_per_position=2 * heads * head_dim * element if heads != kv_heads else 0,
     )

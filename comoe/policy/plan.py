@@ -2,20 +2,17 @@
 
 The planner here is the simple one: the highest level that fits for all experts alike, and what
 memory is left over goes to the experts used last. Anything with the same `plan` method can stand in
-for it.
+for it (comoe/policy/curve.py).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
-
-BITS2, BITS3, BITS4, BITS8, EXACT = range(5)
-LEVEL_NAMES = ("2-bit", "3-bit", "4-bit", "8-bit", "exact")
-# Records that each level needs, as a bit mask: planes nest, `exact` stands alone.
-LEVEL_MASKS = (0b00001, 0b00011, 0b00111, 0b01111, 0b10000)
 
 
 class BudgetError(ValueError):
@@ -23,69 +20,186 @@ class BudgetError(ValueError):
 
 
 @dataclass(frozen=True)
+class Levels:
+    """What an expert of a store may be, from coarsest to finest; the last is `exact`.
+
+    masks: bit r of masks[l] is set if level l needs record r. An expert has a level if it has all
+    of the level's records.
+    """
+
+    names: tuple[str, ...]
+    masks: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.masks)
+
+    @property
+    def exact(self) -> int:
+        return len(self.masks) - 1
+
+    def describe(self, level: int) -> str:
+        name = self.names[level]
+        return f"{name}-bit" if name.isdigit() else name
+
+    def needs(self, num_records: int) -> np.ndarray:
+        """bool [levels, num_records]: the masks as a table."""
+        masks = np.array(self.masks, np.uint64)[:, None]
+        return (masks >> np.arange(num_records, dtype=np.uint64) & np.uint64(1)).astype(bool)
+
+
+# What packing alone gives: planes nest, `exact` stands alone.
+LADDER = Levels(("2", "3", "4", "8", "exact"), (0b00001, 0b00011, 0b00111, 0b01111, 0b10000))
+
+
+@dataclass(frozen=True)
 class Sizes:
     """What the planner must know of the store; sizes in bytes of pool pages.
 
-    record_bytes: int64 [L, R], one expert's record r in layer l.  num_experts: int64 [L].
+    records: int32 [X, R], for each of the X experts of all layers the ids of its records, -1 where it
+        has none; what several experts share is one id.
+    record_bytes: int64 [ids].  num_experts: int64 [layers], which add up to X.
     """
 
+    levels: Levels
+    records: np.ndarray
     record_bytes: np.ndarray
     num_experts: np.ndarray
+    _totals: dict[int, int] = field(default_factory=dict, repr=False, compare=False)
 
-    def level_bytes(self, level: int) -> np.ndarray:
-        """int64 [L]: one expert at `level`."""
-        wanted = np.array(
-            [(LEVEL_MASKS[level] >> r) & 1 for r in range(self.record_bytes.shape[1])]
-        )
-        return self.record_bytes @ wanted
+    @cached_property
+    def needs(self) -> np.ndarray:
+        """bool [levels, R]."""
+        return self.levels.needs(self.records.shape[1])
 
-    def total(self, level: int) -> int:
-        """Bytes of all experts of all layers at `level`."""
-        return int(self.level_bytes(level) @ self.num_experts)
+    @cached_property
+    def has(self) -> np.ndarray:
+        """bool [X, levels]: which levels each expert has."""
+        beyond = [mask >> self.records.shape[1] != 0 for mask in self.levels.masks]
+        missing = (self.records < 0).astype(np.int64) @ self.needs.T.astype(np.int64)
+        return (missing == 0) & ~np.array(beyond)
+
+    @cached_property
+    def bytes_at(self) -> np.ndarray:
+        """int64 [X, levels]: one expert at each level, what it shares with others in full; 0 where it
+        does not have it."""
+        paged = np.where(self.records >= 0, self.record_bytes[self.records], 0)
+        return np.where(self.has, paged @ self.needs.T.astype(np.int64), 0)
+
+    def of_layer(self, per_expert: np.ndarray) -> list[np.ndarray]:
+        """An array [X, ...] cut into the layers' parts."""
+        return np.split(per_expert, np.cumsum(self.num_experts)[:-1])
+
+    def all_at(self, level: int) -> np.ndarray:
+        """uint8 [X]: `level` for every expert."""
+        return np.full(len(self.records), level, np.uint8)
+
+    def chosen(self, levels: np.ndarray) -> np.ndarray:
+        """bool [ids]: the records that experts need at levels [X]."""
+        ids = self.records[self.needs[levels]]
+        chosen = np.zeros(len(self.record_bytes), bool)
+        chosen[ids[ids >= 0]] = True
+        return chosen
+
+    def total(self, levels: int | np.ndarray) -> int:
+        """Bytes of all experts of all layers, each at its level [X] or all at one; shared ones once."""
+        if not isinstance(levels, (int, np.integer)):
+            return int(self.record_bytes[self.chosen(levels)].sum())
+        if levels not in self._totals:
+            self._totals[levels] = self.total(self.all_at(levels))
+        return self._totals[levels]
+
+    def largest(self, levels: np.ndarray) -> int:
+        """Bytes of the largest expert when each is at its level [X]."""
+        return int(self.bytes_at[np.arange(len(levels)), levels].max())
+
+    def worthwhile(self) -> list[int]:
+        """Levels of the ladder of packing, which every expert has, coarsest first, without those that a
+        finer one undercuts: where the source has 4 or 8 bits, its own weights take less than the 8-bit
+        planes."""
+        ladder = [i for i, mask in enumerate(self.levels.masks) if mask in LADDER.masks]
+        totals = {level: self.total(level) for level in ladder}
+        return [
+            level
+            for i, level in enumerate(ladder)
+            if all(totals[level] < totals[finer] for finer in ladder[i + 1 :])
+        ]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One level pair for all experts; `resident` says whether `min_level` fits for every expert.
+    """A level pair for each expert; `resident` says whether `min_level` fits for every expert.
 
-    min_level: compute may start here.  want_level: and uses the best complete one up to this.
+    min_level: uint8 [X], compute may start here.  want_level: and uses the best complete one up to this.
     spare: bytes of the pool that upgrades above min_level, or a cache of experts, may use.
+    loss: nats per token expected at min_level, if it is known.
     """
 
-    min_level: int
-    want_level: int
+    levels: Levels
+    min_level: np.ndarray
+    want_level: np.ndarray
     resident: bool
     spare: int
     pool_bytes: int
+    loss: float | None = None
 
     def describe(self) -> str:
-        name = LEVEL_NAMES[self.min_level]
-        if self.resident and self.min_level == self.want_level:
-            return f"every expert resident at {name}"
-        if self.resident:
-            return f"every expert resident at {name}, those used last up to {LEVEL_NAMES[self.want_level]}"
-        return f"experts at {name}, the last used cached, the rest read from disk when needed"
+        least, most = self._names(self.min_level), self._names(self.want_level)
+        if self.loss is not None and self.loss > 0:
+            least += f" (expected loss {self.loss:.3g} nats per token)"
+        if not self.resident:
+            return f"experts at {least}, the last used cached, the rest read from disk when needed"
+        if np.array_equal(self.min_level, self.want_level):
+            return f"every expert resident at {least}"
+        return f"every expert resident at {least}, those used last up to {most}"
+
+    def _names(self, levels: np.ndarray) -> str:
+        """The level, or how many experts are at each."""
+        counts = Counter(levels.tolist())
+        if len(counts) == 1:
+            return self.levels.describe(int(levels[0]))
+        shares = (
+            f"{self.levels.describe(level)} {count / len(levels):.0%}"
+            for level, count in sorted(counts.items())
+        )
+        return "mixed levels: " + ", ".join(shares)
 
 
 class Planner(Protocol):
+    def least(self, sizes: Sizes, *, exact: bool) -> np.ndarray:
+        """uint8 [X]: the coarsest levels that `plan` may choose."""
+        ...
+
     def plan(self, sizes: Sizes, pool_bytes: int, *, exact: bool) -> Plan: ...
 
 
+def require_room(sizes: Sizes, levels: np.ndarray, pool_bytes: int) -> None:
+    """BudgetError unless the pool holds the largest expert at levels [X]."""
+    needed = sizes.largest(levels)
+    if pool_bytes < needed:
+        expert = int(sizes.bytes_at[np.arange(len(levels)), levels].argmax())
+        raise BudgetError(
+            f"the expert pool has {pool_bytes:,} bytes, but one expert at "
+            f"{sizes.levels.describe(int(levels[expert]))} needs {needed:,}"
+        )
+
+
 class EvenPlanner:
-    """The highest level at which all experts fit; `exact` allows only the original weights."""
+    """The highest level of packing's ladder at which all experts fit; `exact` allows only the original
+    weights. Levels that aggregation added are not used: nothing says what they cost."""
+
+    def least(self, sizes: Sizes, *, exact: bool) -> np.ndarray:
+        return sizes.all_at(sizes.levels.exact if exact else sizes.worthwhile()[0])
 
     def plan(self, sizes: Sizes, pool_bytes: int, *, exact: bool) -> Plan:
-        least = EXACT if exact else BITS2
-        needed = int(sizes.level_bytes(least).max())
-        if pool_bytes < needed:
-            raise BudgetError(
-                f"the expert pool has {pool_bytes:,} bytes, but one expert at {LEVEL_NAMES[least]} "
-                f"needs {needed:,}"
-            )
-        for level in (EXACT,) if exact else (EXACT, BITS8, BITS4, BITS3, BITS2):
+        levels = [sizes.levels.exact] if exact else sizes.worthwhile()
+        least = self.least(sizes, exact=exact)
+        require_room(sizes, least, pool_bytes)
+        for i, level in reversed([*enumerate(levels)]):
             if sizes.total(level) <= pool_bytes:
+                # The step to exact replaces every plane: not worth a mixture.
+                finer = levels[i + 1] if i + 1 < len(levels) else sizes.levels.exact
+                want = finer if finer != sizes.levels.exact else level
                 spare = pool_bytes - sizes.total(level)
-                # Above 8 bits the next step replaces every plane: not worth a mixture.
-                want = level if level >= BITS8 else level + 1
-                return Plan(level, want, True, spare, pool_bytes)
-        return Plan(least, least, False, pool_bytes, pool_bytes)
+                min_level, want_level = sizes.all_at(level), sizes.all_at(want)
+                return Plan(sizes.levels, min_level, want_level, True, spare, pool_bytes)
+        return Plan(sizes.levels, least, least, False, pool_bytes, pool_bytes)

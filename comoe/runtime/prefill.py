@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from comoe.runtime.budget import EXPERT_ROWS
 from comoe_kernels.expert_ffn import Workspace, expert_ffn_prefill
 
 if TYPE_CHECKING:
@@ -24,6 +25,17 @@ def padded_rows(rows: int) -> int:
         return max(16, 1 << (rows - 1).bit_length())
     step = max(64, 1 << (rows.bit_length() - 4))
     return -(-rows // step) * step
+
+
+# Fewer rows at once, and unpacking the weights again for each part begins to show.
+LEAST_PART = 512
+SUM_ROWS = 256  # rows that are added up at once in float64
+
+
+def rows_at_once(spec: ExpertsSpec, element: int) -> int:
+    """Rows of one expert that are computed at once: inputs, results, and four times I between them
+    stay within EXPERT_ROWS, or are LEAST_PART."""
+    return max(EXPERT_ROWS // (element * (2 * spec.hidden + 4 * spec.intermediate)), LEAST_PART)
 
 
 def forward_unpacked(
@@ -52,31 +64,35 @@ def forward_unpacked(
     total = torch.zeros((tokens, spec.hidden), dtype=torch.float64)
     flat_weights = weights.reshape(-1)
     workspace = Workspace()
+    at_once = rows_at_once(spec, hidden.element_size())
     session = op.session(layer_idx, experts, ahead)
     try:
         while (ready := session.next()) is not None:
             for need, level in ready:
                 expert = int(experts[need])
                 pairs = order[bounds[expert] : bounds[expert + 1]]
-                rows = pairs // k
-                x = hidden.new_zeros((padded_rows(rows.numel()), spec.hidden))
-                torch.index_select(hidden, 0, rows, out=x[: rows.numel()])
-                result = expert_ffn_prefill(
-                    x,
-                    op.expert(layer_idx, expert, level),
-                    activation=spec.activation,
-                    alpha=spec.alpha,
-                    limit=spec.limit,
-                    apply_gate=spec.apply_gate if spec.activation is None else None,
-                    post_norm=spec.post_norm,
-                    workspace=workspace,
-                )
-                result = result[: rows.numel()]
+                weights_paged = op.expert(layer_idx, expert, level)
+                for part in pairs.split(at_once):
+                    rows = part // k
+                    x = hidden.new_zeros((padded_rows(rows.numel()), spec.hidden))
+                    torch.index_select(hidden, 0, rows, out=x[: rows.numel()])
+                    result = expert_ffn_prefill(
+                        x,
+                        weights_paged,
+                        activation=spec.activation,
+                        alpha=spec.alpha,
+                        limit=spec.limit,
+                        apply_gate=spec.apply_gate if spec.activation is None else None,
+                        post_norm=spec.post_norm,
+                        workspace=workspace,
+                    )
+                    for i in range(0, rows.numel(), SUM_ROWS):
+                        some = slice(i, min(i + SUM_ROWS, rows.numel()))
+                        # In the dtype that torch gives the product, as in transformers' own experts.
+                        weighted = result[some] * flat_weights[part[some], None]
+                        total.index_add_(0, rows[some], weighted.double())
                 session.done(need)
                 used[expert] = level + 1
-                # In the dtype that torch gives the product, as in transformers' own experts.
-                weighted = result * flat_weights[pairs, None]
-                total.index_add_(0, rows, weighted.double())
     finally:
         session.close()
     return total.to(hidden.dtype)

@@ -10,11 +10,21 @@ import torch
 
 from comoe import _C, memory
 from comoe.config import CoMoEConfig, format_bytes, parse_bytes
-from comoe.policy.plan import EXACT, LEVEL_MASKS, EvenPlanner, Plan, Planner
+from comoe.policy.curve import Curve, CurvePlanner
+from comoe.policy.plan import EvenPlanner, Plan, Planner
 from comoe.policy.predictor import NoPredictor, Predictor, PrefetchGauge
 from comoe.policy.upgrades import RecentUse, UpgradePolicy
-from comoe.runtime.budget import EXPERT_ROWS, Budget, ModelSizes
-from comoe.runtime.engine import Records, open_engine, pool_floor, slab_bytes, store_sizes
+from comoe.runtime.budget import EXPERT_ROWS, LONG_STEP, Budget, ModelSizes, Step
+from comoe.runtime.engine import (
+    Records,
+    RecordTable,
+    add_layer,
+    kernel_levels,
+    open_engine,
+    pool_floor,
+    slab_bytes,
+    store_sizes,
+)
 from comoe.runtime.prefill import forward_unpacked
 from comoe.runtime.spec import ExpertsSpec
 from comoe.store import Store
@@ -23,10 +33,19 @@ from comoe_kernels.threads import use_own_threads
 from comoe_kernels.unpack import DTYPES
 
 PREFETCH, UPGRADE = 1, 2  # classes of transfers
+ABSENT, RESIDENT = 0, 2  # states of a record
 SCRATCH_BYTES = 1_000_000  # of the kernels; disk reads go straight into the pool's pages
 RECORD_BYTES = 400  # the engine's tables, per record
 UPGRADE_EVERY = 8  # steps between choices of experts that climb
 CALM_STEPS = 8  # steps without pressure before the pool takes back what it lent
+
+
+def planner_of(store: Store) -> Planner:
+    """By the measured curve of an aggregated store; else all experts alike."""
+    losses = store.losses()
+    if losses is None:
+        return EvenPlanner()
+    return CurvePlanner(Curve(losses["curve_level"], losses["curve_loss"]))
 
 
 class Runtime:
@@ -50,7 +69,7 @@ class Runtime:
     ):
         self.store, self.specs, self.config = store, specs, config
         self.predictor = predictor or NoPredictor()
-        self.planner = planner or EvenPlanner()
+        self.planner = planner or planner_of(store)
         self.upgrades = upgrades or RecentUse([spec.num_experts for spec in specs])
         self.gauge = PrefetchGauge()
         self._on_close = on_close
@@ -58,12 +77,19 @@ class Runtime:
         self._closed = False
         self._calm = 0
         self._step = 0
+        self._keeps_freed = True
+        self._per_layer = (
+            0  # bytes that the pass that runs may take from one layer's experts to the next
+        )
+        self._kv_held: Callable[[], int] = int  # bytes of the KV cache last seen
         use_own_threads()
         if config.threads:
             _C.set_num_threads(config.threads)
 
-        self.store_sizes = store_sizes(store)
-        floor = pool_floor(self.store_sizes, EXACT if config.exact else 0, store.page_bytes)
+        table = RecordTable(store)
+        self.store_sizes = store_sizes(store, table)
+        least = self.planner.least(self.store_sizes, exact=config.exact)
+        floor = pool_floor(self.store_sizes.largest(least), store.page_bytes)
         total = memory.available() if config.memory is None else config.memory
         fixed = SCRATCH_BYTES + RECORD_BYTES * sum(layer.records.size for layer in store.layers)
         self.budget = Budget(total, baseline, sizes, floor, fixed)
@@ -72,25 +98,22 @@ class Runtime:
         self.plan = self._make_plan()
         self.engine, first = open_engine(
             store,
+            table,
             self.plan.pool_bytes,
             self._slab_bytes,
             io_threads=config.io_threads,
             direct=config.direct_io,
             verify=config.verify,
         )
-        self.records = Records(store, first)
-        self._op = _C.MoeOp(self.engine)
-        for spec, layer, first_record in zip(specs, store.layers, first, strict=True):
-            self._op.add_layer(
-                layer.geometry,
-                spec.activation or "silu",
-                spec.alpha,
-                spec.limit,
-                first_record,
-                spec.num_experts,
-            )
+        self.records = Records(store, table)
+        self._op = _C.MoeOp(self.engine, list(store.levels.masks))
+        for layer_idx, (spec, layer) in enumerate(zip(specs, store.layers, strict=True)):
+            activation = spec.activation or "silu"
+            ids = table.ids[layer_idx]
+            add_layer(self._op, layer, ids, first[layer_idx], activation, spec.alpha, spec.limit)
         self._used = [np.zeros(spec.num_experts, np.uint8) for spec in specs]
-        self._uses_at_level = np.zeros(len(LEVEL_MASKS), np.int64)
+        self._kernel_levels = kernel_levels(store.levels)
+        self._uses, self._bits_used = 0, 0.0
         self._predicted: dict[int, np.ndarray] = {}
         self._install(self.plan)
 
@@ -115,6 +138,11 @@ class Runtime:
             )
         spec = self.specs[layer_idx]
         tokens, k = top_k_index.shape
+        # An encoder runs before its model's own pass begins.
+        per_layer = max(self._per_layer, tokens * self.budget.sizes.activations_per_token)
+        if per_layer >= LONG_STEP:
+            with self._lock:
+                self._govern(per_layer, self.engine.stats(), within=True)
         if hidden.device.type != "cpu" or hidden.dtype not in DTYPES:
             raise ValueError(
                 "experts_forward: expected hidden states in float32, bfloat16 or float16 on the CPU, "
@@ -129,7 +157,7 @@ class Runtime:
         part = max(EXPERT_ROWS // (4 * k * (spec.hidden + spec.intermediate)), 1)
         # Parts would read missing experts again, so there all tokens go through one expert at a time.
         at_once = tokens <= part or self.plan.resident
-        if spec.runs_in_torch or rows >= prefill_rows(self.plan.min_level) or not at_once:
+        if spec.runs_in_torch or rows >= self._prefill_rows[layer_idx] or not at_once:
             out = forward_unpacked(
                 self._op, layer_idx, spec, hidden, index, top_k_weights, used, ahead
             )
@@ -162,27 +190,37 @@ class Runtime:
         ahead = []
         for later, experts in self.predictor.predict(layer_idx, hidden):
             self._predicted[later] = experts
-            ahead.append(self.records.of(later, experts, LEVEL_MASKS[self.plan.min_level]))
+            ahead.append(self.records.of(later, experts, self._min_level[later][experts]))
         return np.concatenate(ahead) if ahead else np.empty(0, np.int32)
 
     def _note_used(self, layer_idx: int, used: np.ndarray) -> None:
         np.maximum(self._used[layer_idx], used, out=self._used[layer_idx])
         experts = np.flatnonzero(used)
-        self._uses_at_level += np.bincount(used[experts] - 1, minlength=len(LEVEL_MASKS))
+        self._uses += experts.size
+        self._bits_used += self.records.bits(layer_idx, experts, used[experts] - 1).sum()
         predicted = self._predicted.pop(layer_idx, None)
         if predicted is not None:
             self.gauge.note(predicted, experts)
 
     # ---- budget ---------------------------------------------------------------------------------
 
-    def begin_step(self, batch: int, tokens: int, logits: int) -> None:
-        """Called before every forward pass over [batch, tokens] that ends in `logits` positions of
-        logits: keeps the promise of memory, and lets experts used last climb."""
+    def begin_step(self, step: Step, kv_held: Callable[[], int] = int) -> None:
+        """Called before every forward pass: keeps the promise of memory, and lets experts used last
+        climb. kv_held: tells, now and later, the bytes of the KV cache that the pass extends.
+
+        Raises BudgetError, and leaves the model usable, when the pass cannot be kept within `memory`.
+        """
         if self._closed:
             return
         with self._lock:
+            self._kv_held = kv_held
+            self.budget.check(step, kv_held())
+            workspace = self.budget.sizes.workspace(step)
+            long = step.tokens > 1 and workspace >= LONG_STEP
+            self._per_layer = workspace - self.budget.sizes.new_kv(step) if long else 0
             engine = self.engine.stats()
-            self._govern(self.budget.sizes.workspace(batch, tokens, logits), engine)
+            self._govern(workspace, engine)
+            self._keep_freed(not (long and self._lent()))
             self.gauge.note_step(
                 engine["prefetch_bytes"],
                 engine["prefetch_used_bytes"] + engine["prefetch_joined_bytes"],
@@ -204,10 +242,12 @@ class Runtime:
             self.budget.memory = parse_bytes(size)
             try:
                 plan = self._make_plan()
+                self.budget.check(Step(1, 1), self._kv_held())
             except ValueError:
                 self.budget.memory = before
                 raise
             self._install(plan)
+            self._govern(0, self.engine.stats(), within=True)
             return self.describe()
 
     def _make_plan(self, pool_bytes: int | None = None) -> Plan:
@@ -215,51 +255,99 @@ class Runtime:
         if pool_bytes is None:
             pool_bytes = self.budget.planned_pool(self.config.max_context)
         # More than all experts in full, and room to move, is never of use.
-        most = self.store_sizes.total(EXACT) + self.budget.pool_floor + self._slab_bytes
+        most = (
+            self.store_sizes.total(self.store.levels.exact)
+            + self.budget.pool_floor
+            + self._slab_bytes
+        )
         slabs = min(pool_bytes, most) // self._slab_bytes
         return self.planner.plan(
             self.store_sizes, slabs * self._slab_bytes, exact=self.config.exact
         )
 
-    def _govern(self, coming: int, stats: dict) -> None:
-        """Lends pool memory to the rest of the process, and takes it back once it is calm."""
+    def _govern(self, coming: int, stats: dict, *, within: bool = False) -> None:
+        """Lends pool memory to the rest of the process, of which `coming` bytes are about to be taken,
+        and takes it back once some passes were calm (not `within` one)."""
         planned = self._make_plan().pool_bytes
-        allowed = self.budget.allowed_pool(memory.rss(), stats["resident_bytes"], coming)
-        target = max(min(planned, allowed), self.engine.minimum_budget(self.plan.min_level))
+        allowed = self._allowed_pool(coming, stats)
+        if allowed < self.plan.pool_bytes or (self._lent() and self._step % CALM_STEPS == 0):
+            memory.give_back_free()
+            allowed = self._allowed_pool(coming, stats)
+        least = self._least_pool()
+        target = max(min(planned, allowed), least)
         if target < self.plan.pool_bytes:
             self._calm = 0
+            # Room for the next steps as well, since each change stops what is read ahead.
+            target = max(target - LONG_STEP, least)
             self._install(self._make_plan(target))
-        elif target > self.plan.pool_bytes:
+        elif target > self.plan.pool_bytes and not within:
             self._calm += 1
             if self._calm >= CALM_STEPS:
                 self._calm = 0
                 self._install(self._make_plan(target))
 
+    def _least_pool(self) -> int:
+        """Bytes of pool, in whole slabs, that the present plan can work with."""
+        slabs = -(-self.store_sizes.largest(self.plan.min_level) // self._slab_bytes)
+        return max(slabs * self._slab_bytes, self.engine.minimum_budget())
+
+    def _lent(self) -> bool:
+        return self.plan.pool_bytes < self._make_plan().pool_bytes
+
+    def _keep_freed(self, keep: bool) -> None:
+        if keep != self._keeps_freed:
+            self._keeps_freed = keep
+            memory.keep_freed(keep)
+
+    def _allowed_pool(self, coming: int, stats: dict) -> int:
+        return self.budget.allowed_pool(memory.rss(), stats["resident_bytes"], coming)
+
     def _install(self, plan: Plan) -> None:
         """Makes `plan` true: levels at once, then memory given back or taken, then what to load."""
         self.plan = plan
-        for layer_idx in range(len(self.specs)):
-            self._op.set_levels(layer_idx, plan.min_level, plan.want_level)
-        kept = LEVEL_MASKS[plan.min_level] | (LEVEL_MASKS[plan.want_level] if plan.resident else 0)
+        self._min_level = self.store_sizes.of_layer(plan.min_level)
+        self._want_level = self.store_sizes.of_layer(plan.want_level)
+        self._prefill_rows = []
+        for layer_idx, low in enumerate(self._min_level):
+            self._op.set_levels(layer_idx, low, self._want_level[layer_idx])
+            most = int(np.bincount(self._kernel_levels[low]).argmax())
+            self._prefill_rows.append(prefill_rows(most))
+        base = kept = self.store_sizes.chosen(plan.min_level)
+        # What is above the plan stays only while nothing of the plan is missing: it could stand in the
+        # way, since speculation spares what has just come.
+        if plan.resident and (self.engine.resident()[base] == RESIDENT).all():
+            kept = base | self.store_sizes.chosen(plan.want_level)
         for kind in (PREFETCH, UPGRADE):
             self.engine.cancel(kind)
-        self.engine.evict(self.records.all(0b11111 & ~kept))
-        base, everything = self.records.all(LEVEL_MASKS[plan.min_level]), self.records.all()
-        self.engine.set_value(everything, np.zeros(everything.size, np.float32))
-        self.engine.set_value(base, np.ones(base.size, np.float32))
+        self.engine.evict(np.flatnonzero(~kept).astype(np.int32))
+        everything = np.arange(self.records.count, dtype=np.int32)
+        self.engine.set_value(everything, base.astype(np.float32))
+        self._base = base
         self.engine.set_budget(plan.pool_bytes)
-        self.engine.request(base, UPGRADE)
+        self.engine.request(self.records.in_order(base), UPGRADE)
 
     def _upgrade(self) -> None:
-        """Values the planes above the plan's level by use, and asks for those of the best experts:
-        one is read only if it is worth more than what it pushes out."""
-        missing = LEVEL_MASKS[self.plan.want_level] & ~LEVEL_MASKS[self.plan.min_level]
-        if not missing or not self.plan.resident:
+        """Values the records above the plan's levels by use, and asks for those of the best experts:
+        one is read only if it is worth more than what it pushes out. What the plan itself lacks, because
+        there was no room when it was asked for, goes first."""
+        if not self.plan.resident:
             return
+        missing = self._base & (self.engine.resident() == ABSENT)
+        if missing.any():
+            self.engine.request(self.records.in_order(missing), UPGRADE)
         for layer_idx, experts, values in self.upgrades.choose():
-            ids = self.records.of(layer_idx, experts, missing)
-            per_expert = ids.size // experts.size
-            self.engine.set_value(ids, np.repeat(values, per_expert).astype(np.float32))
+            low, high = (level[layer_idx][experts] for level in (self._min_level, self._want_level))
+            ids, which = self.records.above(layer_idx, experts, low, high)
+            # What is another expert's least is worth more; of what several climb to, the best counts.
+            which, ids = which[~self._base[ids]], ids[~self._base[ids]]
+            if ids.size == 0:
+                continue
+            ids, first, group = np.unique(ids, return_index=True, return_inverse=True)
+            best = np.zeros(ids.size)
+            np.maximum.at(best, group.ravel(), values[which])
+            order = np.argsort(first)  # best experts first
+            ids = ids[order]
+            self.engine.set_value(ids, best[order].astype(np.float32))
             self.engine.request(ids, UPGRADE)
 
     # ---- reporting ------------------------------------------------------------------------------
@@ -270,23 +358,21 @@ class Runtime:
         held = min(self.plan.pool_bytes, stats.total(self.plan.want_level))
         return (
             f"memory {format_bytes(self.budget.memory)}: dense {format_bytes(self.budget.sizes.dense)}, "
-            f"experts {format_bytes(held)} of {format_bytes(stats.total(EXACT))}; {self.plan.describe()}; "
+            f"experts {format_bytes(held)} of {format_bytes(stats.total(self.store.levels.exact))}; {self.plan.describe()}; "
             f"store in {self.store.folder}"
         )
 
     def stats(self) -> dict:
         """Figures so far; sizes in bytes, times in seconds."""
         engine = self.engine.stats()
-        uses = max(int(self._uses_at_level.sum()), 1)
-        bits = self.records.bits_per_weight()
         return {
             "memory": self.budget.memory,
             "baseline": self.budget.baseline,
             "peak": memory.peak_rss(),
             "dense_bytes": self.budget.sizes.dense,
-            "expert_bytes": int(self.records.payload_bytes(self.engine.resident() == 2)),
+            "expert_bytes": int(self.records.payload_bytes(self.engine.resident() == RESIDENT)),
             "expert_bytes_exact": self.records.exact_bytes(),
-            "bits_per_weight": float(self._uses_at_level @ bits / uses),
+            "bits_per_weight": float(self._bits_used / max(self._uses, 1)),
             "bytes_read": {"disk": engine["bytes_read"]},
             # Computed without waiting, at the level wanted or a coarser one that the plan allows.
             "hits": engine["hits"] + engine["partial_hits"],
@@ -305,6 +391,7 @@ class Runtime:
         with self._lock:
             if not self._closed:
                 self._closed = True
+                self._keep_freed(True)
                 self.engine.close()
                 if self._on_close:
                     self._on_close()

@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 
 from comoe import _C
-from comoe.policy.plan import LEVEL_MASKS as LEVEL_MASKS
+from comoe.policy.plan import Levels
 
 VERSION = 1
 EXPERTS_FOLDER = "experts"
 MANIFEST_FILE = "manifest.json"
+LOSSES_FILE = "losses.npz"
 MANIFEST_FORMAT = "comoe-store"
 LAYER_MAGIC = b"COMOELYR"
 ALIGNMENT = 4096  # of extents in a layer file, and of page_bytes
@@ -31,16 +32,22 @@ EXACT_DTYPES = (
     "float32",
     "bfloat16",
     "float16",
+    "float8_e4m3fn",
+    "mxfp4",
 )  # position is the code in the file, as in layout.h
+EXACT_BITS = (32, 16, 16, 8, 4)
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "quick_gelu", "swigluoai")
 NO_ACTIVATION = 255  # the activation is not one of these: it runs outside the kernels
 
 PLANE, REPLACEMENT, SHARED_BASE, LOW_RANK, MEAN, ALIAS = range(6)
 REQUIRED = 1  # record flag: a reader that does not know the record's kind must refuse the file
 
+CODED = (PLANE, REPLACEMENT, SHARED_BASE, ALIAS)  # kinds whose payload is planes of codes
+KNOWN_BITS = (2, 3, 4, 8)  # of a code after 1, 2, 3 and 4 planes
+
+# Records 0..4 of every expert: the ladder that packing writes. Aggregation adds records behind them.
 NUM_RECORDS = _C.NUM_RECORDS
-# The ladder as data: LEVEL_MASKS says which records each level needs.
-LEVEL_NAMES = ("2", "3", "4", "8", "exact")
+EXACT_RECORD = NUM_RECORDS - 1
 
 LAYER_HEADER = np.dtype(
     [
@@ -84,7 +91,8 @@ RECORD = np.dtype(
         ("nbytes", "<u8"),  # payload; the extent is padded with zeros to ALIGNMENT
         ("params_offset", "<u4"),  # where reconstruction parameters lie in the payload
         ("params_nbytes", "<u4"),
-        ("reserved", "V16"),
+        ("ranks", "<u2", 3),  # of a low-rank record: rank of each matrix's factors
+        ("reserved", "V10"),
     ]
 )
 assert LAYER_HEADER.itemsize == 256 and RECORD.itemsize == 64
@@ -166,7 +174,16 @@ class LayerInfo(LayerSpec):
     file_bytes: int = 0
     header_crc32c: int = 0
     fingerprint: bytes = b""
-    records: np.ndarray | None = None  # RECORD [num_experts, NUM_RECORDS]: the ladder's
+    # RECORD [num_experts, R]; nbytes 0 where the expert has no such record. The first are the ladder.
+    records: np.ndarray | None = None
+
+    def has_levels(self, levels: Levels) -> np.ndarray:
+        """bool [num_experts, levels]: which levels each expert has."""
+        present = self.records["nbytes"] > 0
+        needs = levels.needs(MAX_RECORDS)
+        beyond = needs[:, present.shape[1] :].any(axis=1)
+        missing = ~present[:, None, :] & needs[None, :, : present.shape[1]]
+        return ~missing.any(axis=2) & ~beyond
 
 
 @dataclass(frozen=True)
@@ -180,7 +197,7 @@ class Manifest:
     page_bytes: int
     dense_bytes: int
     layers: list[dict[str, Any]]
-    levels: list[dict[str, Any]]  # name and record mask of each level
+    levels: Levels
     extra: dict[str, Any]  # other keys, kept as they are
 
 
@@ -197,7 +214,7 @@ def ladder_records(geometry: _C.Geometry) -> np.ndarray:
         records[r]["parent"] = r - 1
     last = NUM_RECORDS - 1
     records[last]["kind"] = REPLACEMENT
-    records[last]["bits"] = 32 if geometry.exact_dtype == 0 else 16
+    records[last]["bits"] = EXACT_BITS[geometry.exact_dtype]
     records[last]["parent"] = -1
     records[last]["replaces"] = (1 << last) - 1
     records["flags"] = REQUIRED
@@ -205,26 +222,40 @@ def ladder_records(geometry: _C.Geometry) -> np.ndarray:
     records["nbytes"] = [geometry.record_bytes(r) for r in range(NUM_RECORDS)]
     # All parameters of the planes lie in record 0, before its first block.
     records[0]["params_nbytes"] = geometry.blocks_offset(0, 0)
+    # Scales of an exact record that holds codes.
+    first, end = (geometry.exact_scales_offset(m) for m in (0, geometry.num_matrices))
+    if end > first:
+        records[last]["params_offset"], records[last]["params_nbytes"] = first, end - first
     return records
 
 
-def choose_page_bytes(geometries: list[_C.Geometry]) -> int:
+def sizes_at_levels(layers: list[LayerInfo], levels: Levels) -> list[tuple[int, ...]]:
+    """Sizes of the records that experts need at each level but `exact`: every combination once."""
+    seen = set()
+    for layer in layers:
+        _, first = np.unique(layer.records["nbytes"], axis=0, return_index=True)
+        has, needs = layer.has_levels(levels), levels.needs(layer.records.shape[1])
+        for expert in first:
+            for level in np.flatnonzero(has[expert, : levels.exact]):
+                seen.add(tuple(layer.records["nbytes"][expert, needs[level]].tolist()))
+    return sorted(seen)
+
+
+def choose_page_bytes(num_weights: int, level_sizes: list[tuple[int, ...]]) -> int:
     """Size of a pool page that wastes least over all levels; among equals the largest.
 
     About weights / 64 bytes (a 1-bit plane is then 8 pages), and at least four pages per 1-bit plane,
-    so that a level's records end near the end of their last page.
+    so that a level's records end near the end of their last page. Levels of much smaller records (a
+    mean, a low-rank delta) ask for smaller pages.
     """
-    largest = max(g.num_weights for g in geometries)
-    centre = max(1, largest // 64 // ALIGNMENT)
+    centre = max(1, num_weights // 64 // ALIGNMENT)
+    least = min((min(sizes) for sizes in level_sizes), default=num_weights)
+    lowest = max(1, min(centre // 2, least // ALIGNMENT))
+    arrays = [np.array(sizes, np.int64) for sizes in level_sizes]
 
     def waste(pages_of_4k: int) -> float:
         page = pages_of_4k * ALIGNMENT
-        total = 0.0
-        for g in geometries:
-            sizes = np.array([g.record_bytes(r) for r in range(NUM_RECORDS)])
-            paged = -(-sizes // page) * page
-            total += sum(paged[:level].sum() / sizes[:level].sum() for level in range(1, 5))
-        return total
+        return sum(float((-(-sizes // page) * page).sum() / sizes.sum()) for sizes in arrays)
 
-    candidates = range(max(1, centre // 2), min(2 * centre, MAX_PAGE_BYTES // ALIGNMENT) + 1)
+    candidates = range(lowest, min(2 * centre, MAX_PAGE_BYTES // ALIGNMENT) + 1)
     return max(candidates, key=lambda p: (-round(waste(p), 3), p)) * ALIGNMENT

@@ -5,23 +5,31 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from comoe.store import format as fmt
 from comoe.store.reader import Store
 
 
 def inspect(folder: str | Path) -> dict[str, Any]:
-    """Sizes in bytes. Per rung: payload of all experts that its level needs, and bits per expert weight,
-    parameters and padding of blocks included."""
+    """Sizes in bytes. Per rung: how many experts have it, payload that all of them need at it (shared
+    records once), and bits per weight of these experts, parameters and padding of blocks included."""
     store = Store.open(folder)
     manifest = store.manifest
     weights = sum(layer.num_experts * layer.geometry.num_weights for layer in store.layers)
     rungs = []
-    for level, name in enumerate(fmt.LEVEL_NAMES):
-        total = sum(
-            layer.num_experts * store.level_bytes(i, level) for i, layer in enumerate(store.layers)
-        )
+    for level, name in enumerate(store.levels.names):
+        total = covered = experts = 0
+        for i, layer in enumerate(store.layers):
+            nbytes, count = store.level_bytes(i, level)
+            total += nbytes
+            experts += count
+            covered += count * layer.geometry.num_weights
         rungs.append(
-            {"name": name, "bits": 8 * total / weights, "bytes": total, "exact": name == "exact"}
+            {
+                "name": name,
+                "bits": 8 * total / covered,
+                "bytes": total,
+                "experts": experts,
+                "exact": level == store.levels.exact,
+            }
         )
     return {
         "version": manifest.version,

@@ -6,10 +6,13 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from comoe import _C
+from comoe.policy.plan import Levels
 from comoe.store import checks
-from comoe.store import format as fmt
-from comoe.store.format import LayerInfo, Manifest, StoreError
+from comoe.store.format import EXPERTS_FOLDER, MANIFEST_FILE, LayerInfo, Manifest, StoreError
+from comoe.store.losses import read_losses
 
 
 class Store:
@@ -27,13 +30,14 @@ class Store:
         verify: check each record's checksum when `payload` reads it.
         """
         folder = Path(folder)
-        if (folder / fmt.EXPERTS_FOLDER).is_dir():
-            folder = folder / fmt.EXPERTS_FOLDER
+        if (folder / EXPERTS_FOLDER).is_dir():
+            folder = folder / EXPERTS_FOLDER
         manifest = checks.read_manifest(folder)
         layers = []
         for layer_idx, entry in enumerate(manifest.layers):
             info = checks.check_layer(folder, entry, layer_idx)
             layers.append(replace(info, file=entry["file"]))
+        checks.check_levels(manifest.levels, layers, str(folder / MANIFEST_FILE))
         return cls(folder, manifest, tuple(layers), verify)
 
     @property
@@ -41,14 +45,21 @@ class Store:
         return self.manifest.page_bytes
 
     @property
-    def level_masks(self) -> tuple[int, ...]:
-        return fmt.LEVEL_MASKS
+    def levels(self) -> Levels:
+        """What an expert may be, coarsest first; see `LayerInfo.has_levels`."""
+        return self.manifest.levels
+
+    def losses(self) -> dict[str, np.ndarray] | None:
+        """Measured losses and the curve of best levels (comoe/store/losses.py), or None if the store has
+        none."""
+        entry = self.manifest.extra.get("losses")
+        return entry and read_losses(self.folder, entry, self.levels, self.layers)
 
     def path(self, layer_idx: int) -> Path:
         return self.folder / self.layers[layer_idx].file
 
     def payload(self, layer_idx: int, expert: int, record: int) -> bytes:
-        """The payload of one record, read through the page cache."""
+        """The payload of one record, read through the page cache; empty if the expert lacks it."""
         entry = self.layers[layer_idx].records[expert, record]
         nbytes, offset = int(entry["nbytes"]), int(entry["offset"])
         path = self.path(layer_idx)
@@ -66,7 +77,12 @@ class Store:
             raise StoreError(f"{where}: checksum does not match; {checks.DAMAGED}")
         return payload
 
-    def level_bytes(self, layer_idx: int, level: int) -> int:
-        """Payload bytes per expert that a level needs."""
-        mask, sizes = fmt.LEVEL_MASKS[level], self.layers[layer_idx].records["nbytes"][0]
-        return sum(int(n) for r, n in enumerate(sizes) if mask >> r & 1)
+    def level_bytes(self, layer_idx: int, level: int) -> tuple[int, int]:
+        """Payload bytes of all experts of a layer that have a level, at that level, what they share
+        counted once; and how many have it."""
+        layer = self.layers[layer_idx]
+        experts = layer.has_levels(self.levels)[:, level]
+        needs = self.levels.needs(layer.records.shape[1])[level]
+        records = layer.records[experts][:, needs].reshape(-1)
+        _, once = np.unique(records["offset"], return_index=True)
+        return int(records["nbytes"][once].sum()), int(experts.sum())

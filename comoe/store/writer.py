@@ -5,34 +5,75 @@ from __future__ import annotations
 import json
 import mmap
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
 from comoe import _C
+from comoe.policy.plan import LADDER, Levels
 from comoe.store import format as fmt
-from comoe.store.checks import parse_layer_header
+from comoe.store.added import AddedRecord, check_payload, record_table
+from comoe.store.checks import check_levels, parse_layer_header
 from comoe.store.format import LayerInfo, LayerSpec, StoreError
 from comoe.store.part_file import PartFile
+from comoe.store.reader import Store
 
 Arrays = Sequence[np.ndarray]
+
+
+class Payloads(tuple):
+    """An expert that is coded already: the payloads of records 0..4, uint8 arrays."""
+
+
+def copied_experts(store: Store, layer_idx: int) -> Iterator[Payloads]:
+    """Every expert of a layer of another store as it is there, its checksums verified."""
+    for expert in range(store.layers[layer_idx].num_experts):
+        yield Payloads(
+            np.frombuffer(store.payload(layer_idx, expert, r), np.uint8)
+            for r in range(fmt.NUM_RECORDS)
+        )
 
 
 def layer_file(layer_idx: int) -> str:
     return f"layer-{layer_idx:05d}.bin"
 
 
-def layer_header_bytes(spec: LayerSpec, name: str) -> int:
-    table = spec.num_experts * fmt.NUM_RECORDS * fmt.RECORD.itemsize
+def layer_header_bytes(spec: LayerSpec, name: str, num_records: int = fmt.NUM_RECORDS) -> int:
+    table = spec.num_experts * num_records * fmt.RECORD.itemsize
     return fmt.LAYER_HEADER.itemsize + table + len(name.encode())
 
 
 def layer_file_bytes(spec: LayerSpec, name: str = "") -> int:
-    """Size of the file of a layer, known before any weight is read."""
+    """Size of the file of a layer with the ladder alone, known before any weight is read."""
     expert = sum(fmt.padded(int(n)) for n in fmt.ladder_records(spec.geometry)["nbytes"])
     return fmt.padded(layer_header_bytes(spec, name)) + spec.num_experts * expert
+
+
+def place(records: np.ndarray, begin: int) -> int:
+    """Gives every record its offset, from `begin` on: expert by expert, the ladder and then what was
+    added, a shared one at its first owner. Returns the end of the last extent."""
+    shared, at = {}, begin
+    for record in records.reshape(-1):
+        shared_id = int(record["shared_id"])
+        if record["nbytes"] == 0 or record["kind"] == fmt.ALIAS or shared_id in shared:
+            continue
+        record["offset"] = at
+        if shared_id >= 0:
+            shared[shared_id] = at
+        at += fmt.padded(int(record["nbytes"]))
+    for record in records.reshape(-1):
+        if record["shared_id"] >= 0:
+            record["offset"] = shared[int(record["shared_id"])]
+    return at
+
+
+def manifest_text(manifest: dict) -> bytes:
+    """The manifest with its checksum filled in."""
+    text = json.dumps({**manifest, "crc32c": "00000000"}, indent=1)
+    crc = _C.crc32c(text.encode())
+    return text.replace('"crc32c": "00000000"', f'"crc32c": "{crc:08x}"', 1).encode()
 
 
 def build_header(
@@ -95,25 +136,38 @@ class StoreWriter:
         self,
         name: str,
         spec: LayerSpec,
-        experts: Iterable[tuple[Arrays, Arrays]],
+        experts: Iterable[tuple[Arrays, ...] | Payloads],
         *,
+        added: Sequence[Sequence[AddedRecord | None]] | None = None,
         fingerprint: str | bytes = b"",
         on_bytes: Callable[[int], object] = lambda nbytes: None,
     ) -> LayerInfo:
         """Encodes and writes one layer; `experts` is not touched if the layer is already there.
 
-        matrices: canonical orientation, float32, or uint16 holding the bits of bfloat16 or float16.
+        experts: (matrices, biases) of each, or (matrices, biases, scales) where matrices are codes.
+            Matrices: canonical orientation, float32, uint16 holding the bits of bfloat16 or float16, or
+            uint8 codes, for mxfp4 two in a byte. Biases: the same type, float32 beside codes. Scales:
+            see csrc/ladder/codec.h. Or `Payloads` (see `copied_experts`), which are copied.
+        added: for each expert its records 5, 6, ...; None where it has no such record. What they say
+            (kinds, sizes, sharing) belongs to the fingerprint; what their payloads say does not, so
+            `fingerprint` must change with that.
         on_bytes(n) is called as n more bytes are written, and for a skipped layer with all of them.
         """
         layer_idx = len(self.layers)
         path = self.folder / layer_file(layer_idx)
-        mark = fmt.fingerprint_of(fmt.fingerprint_of(fingerprint) + name.encode())
+        if added is None:
+            added = [()] * spec.num_experts
+        records = record_table(name, spec, added)
+        mark = fmt.fingerprint_of(fingerprint) + name.encode()
+        if records.shape[1] > fmt.NUM_RECORDS:
+            mark += records.tobytes()
+        mark = fmt.fingerprint_of(mark)
         done = self._finished(path, name, spec, layer_idx, mark)
         if done is not None:
             self.skipped += 1
             on_bytes(done.file_bytes)
         else:
-            self._write_layer(path, name, spec, experts, layer_idx, mark, on_bytes)
+            self._write_layer(path, name, spec, experts, added, records, layer_idx, mark, on_bytes)
             done = self._finished(path, name, spec, layer_idx, mark)
             if done is None:
                 raise StoreError(
@@ -129,13 +183,18 @@ class StoreWriter:
         source: str,
         dense_bytes: int,
         page_bytes: int | None = None,
+        levels: Levels = LADDER,
         **extra,
     ) -> Path:
-        """Writes the manifest, last. Other keys are kept in it as they are."""
+        """Writes the manifest, last. Other keys are kept in it as they are.
+
+        levels: what an expert may be, coarsest first, `exact` last.
+        """
         from comoe import __version__
 
         if not self.layers:
             raise StoreError("StoreWriter: a store needs at least one MoE layer, got none")
+        check_levels(levels, self.layers, "StoreWriter.finish")
         manifest = {
             "format": fmt.MANIFEST_FORMAT,
             "version": fmt.VERSION,
@@ -144,12 +203,15 @@ class StoreWriter:
             "model_type": model_type,
             "source": source,
             "page_bytes": page_bytes
-            or fmt.choose_page_bytes([layer.geometry for layer in self.layers]),
+            or fmt.choose_page_bytes(
+                max(layer.geometry.num_weights for layer in self.layers),
+                fmt.sizes_at_levels(self.layers, levels),
+            ),
             "dense_bytes": int(dense_bytes),
             "expert_bytes": sum(layer.file_bytes for layer in self.layers),
             "levels": [
                 {"name": level, "mask": mask}
-                for level, mask in zip(fmt.LEVEL_NAMES, fmt.LEVEL_MASKS, strict=True)
+                for level, mask in zip(levels.names, levels.masks, strict=True)
             ],
             "layers": [
                 {
@@ -162,12 +224,10 @@ class StoreWriter:
             ],
             **extra,
         }
-        text = json.dumps(manifest, indent=1)
-        crc = _C.crc32c(text.encode())
-        text = text.replace('"crc32c": "00000000"', f'"crc32c": "{crc:08x}"', 1)
+        text = manifest_text(manifest)
         path = self.folder / fmt.MANIFEST_FILE
         with PartFile(path, len(text)) as part:
-            part.write(text.encode(), 0)
+            part.write(text, 0)
             part.publish()
         # Layers that an older, longer store left behind.
         for stale in self.folder.glob("layer-*.bin*"):
@@ -202,30 +262,55 @@ class StoreWriter:
             else None
         )
 
-    def _write_layer(self, path, name, spec, experts, layer_idx, mark, on_bytes) -> None:
-        records = np.tile(fmt.ladder_records(spec.geometry), (spec.num_experts, 1))
-        extents = -(-records["nbytes"].astype(np.int64) // fmt.ALIGNMENT) * fmt.ALIGNMENT
-        data_offset = fmt.padded(layer_header_bytes(spec, name))
-        ends = data_offset + np.cumsum(extents.reshape(-1)).reshape(extents.shape)
-        records["offset"] = ends - extents
+    def _write_layer(
+        self, path, name, spec, experts, added, records, layer_idx, mark, on_bytes
+    ) -> None:
+        header_bytes = layer_header_bytes(spec, name, records.shape[1])
+        data_offset = fmt.padded(header_bytes)
+        end = place(records, data_offset)
+        written_shared: dict[int, int] = {}  # shared id -> its checksum
+        ladder = slice(fmt.NUM_RECORDS)
 
         def put(expert: int, buffer: ExpertBuffer) -> int:
-            for record, payload in zip(records[expert], buffer.payloads, strict=True):
+            for record, payload in zip(records[expert, ladder], buffer.payloads, strict=True):
                 record["crc32c"] = _C.crc32c(payload)
             part.write(buffer.memory, int(records[expert, 0]["offset"]))
-            return len(buffer.memory)
+            nbytes = len(buffer.memory)
+            for record in records[expert, ladder]:  # what is an alias's original
+                if record["shared_id"] >= 0:
+                    written_shared[int(record["shared_id"])] = int(record["crc32c"])
+            return nbytes + put_added(expert)
 
-        buffers = [ExpertBuffer(records[0]["nbytes"]) for _ in range(2)]
+        def put_added(expert: int) -> int:
+            nbytes = 0
+            for i, source in enumerate(added[expert]):
+                record = records[expert, fmt.NUM_RECORDS + i]
+                shared_id = int(record["shared_id"])
+                if source is None or source.alias_of is not None or shared_id in written_shared:
+                    continue
+                where = f"layer {name!r}, expert {expert}, record {fmt.NUM_RECORDS + i}"
+                payload = check_payload(source.payload, int(record["nbytes"]), where)
+                record["crc32c"] = _C.crc32c(payload)
+                if shared_id >= 0:
+                    written_shared[shared_id] = int(record["crc32c"])
+                part.write(memoryview(payload), int(record["offset"]))
+                nbytes += fmt.padded(len(payload))
+            return nbytes
+
+        buffers = [ExpertBuffer(records[0, ladder]["nbytes"]) for _ in range(2)]
         # One thread writes an expert while the next one is encoded. It ends before the file is closed.
-        with PartFile(path, int(ends[-1, -1])) as part, ThreadPoolExecutor(1) as behind:
+        with PartFile(path, end) as part, ThreadPoolExecutor(1) as behind:
             written, pending = 0, None
-            for matrices, biases in experts:
+            for source in experts:
                 if written == spec.num_experts:
                     raise StoreError(
                         f"layer {name!r} must have {spec.num_experts} experts, got more"
                     )
                 buffer = buffers[written % 2]
-                self._encode(name, written, spec, matrices, biases, buffer)
+                if isinstance(source, Payloads):
+                    buffer.copy(source, f"layer {name!r}, expert {written}")
+                else:
+                    self._encode(name, written, spec, buffer, *source)
                 if pending:
                     on_bytes(pending.result())
                 pending = behind.submit(put, written, buffer)
@@ -235,6 +320,9 @@ class StoreWriter:
                     f"layer {name!r} must have {spec.num_experts} experts, got {written}"
                 )
             on_bytes(pending.result())
+            for record in records.reshape(-1):
+                if record["shared_id"] >= 0:
+                    record["crc32c"] = written_shared[int(record["shared_id"])]
             part.write(build_header(spec, name, layer_idx, mark, records), 0)
             part.publish()
         on_bytes(data_offset)
@@ -244,19 +332,26 @@ class StoreWriter:
         name: str,
         expert: int,
         spec: LayerSpec,
+        buffer: ExpertBuffer,
         matrices: Arrays,
         biases: Arrays,
-        buffer: ExpertBuffer,
+        scales: Arrays = (),
     ) -> None:
         shape = matrices[0].shape if len(matrices) else None
-        if shape != (spec.intermediate, spec.hidden) or bool(len(biases)) != spec.biased:
+        wanted = spec.intermediate, spec.hidden // 2 if spec.exact_dtype == "mxfp4" else spec.hidden
+        if shape != wanted or bool(len(biases)) != spec.biased:
             raise StoreError(
-                f"layer {name!r}, expert {expert}: expected matrix 0 of shape {(spec.intermediate, spec.hidden)} "
+                f"layer {name!r}, expert {expert}: expected matrix 0 of shape {wanted} "
                 f"{'with' if spec.biased else 'without'} biases, got {shape} {'with' if len(biases) else 'without'}"
             )
         try:
             _C.encode_expert(
-                list(matrices), list(biases), spec.exact_dtype_code, spec.gated, buffer.payloads
+                list(matrices),
+                list(biases),
+                spec.exact_dtype_code,
+                spec.gated,
+                buffer.payloads,
+                list(scales),
             )
         except (ValueError, TypeError) as error:
             raise StoreError(f"layer {name!r}, expert {expert}: {error}") from error
@@ -271,3 +366,11 @@ class ExpertBuffer:
         whole = np.frombuffer(self.memory, np.uint8)
         starts = [0, *ends[:-1]]
         self.payloads = [whole[a : a + int(n)] for a, n in zip(starts, nbytes, strict=True)]
+
+    def copy(self, payloads: Payloads, where: str) -> None:
+        if len(payloads) != len(self.payloads):
+            raise StoreError(
+                f"{where}: expected {len(self.payloads)} payloads, got {len(payloads)}"
+            )
+        for r, (to, payload) in enumerate(zip(self.payloads, payloads, strict=True)):
+            to[:] = check_payload(payload, len(to), f"{where}, record {r}")

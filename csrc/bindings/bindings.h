@@ -10,6 +10,7 @@ namespace comoe {
 namespace py = pybind11;
 
 void bind_codec(py::module_& m);
+void bind_rounding(py::module_& m);
 void bind_engine(py::module_& m);
 void bind_cpu(py::module_& m);
 void bind_moe(py::module_& m);

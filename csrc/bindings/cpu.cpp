@@ -76,8 +76,11 @@ void bind_cpu(py::module_& m) {
       .def_property_readonly(
           "exact_dtype",
           [](const PagedExpert& e) { return static_cast<int>(e.geometry.exact_dtype); })
-      .def_property_readonly("level",
-                             [](const PagedExpert& e) { return static_cast<int>(e.view.level); })
+      .def_property_readonly("level", &PagedExpert::level,
+                             "0..4 of an expert of one part, -1 of several or of none")
+      .def_property_readonly("has_matrices", &PagedExpert::has_matrices,
+                             "False if the expert's output is its mean")
+      .def_property_readonly("has_mean", [](const PagedExpert& e) { return !e.view.means.empty(); })
       .def_property_readonly("num_matrices",
                              [](const PagedExpert& e) { return e.geometry.num_matrices(); });
   m.def("expert_ffn", &bind_expert_ffn, py::arg("experts"), py::arg("tokens"), py::arg("pairs"),
@@ -120,6 +123,12 @@ void bind_cpu(py::module_& m) {
         unpack_bias(expert.geometry, expert.view, matrix, reinterpret_cast<float*>(out));
       },
       py::arg("expert"), py::arg("matrix"), py::arg("out"));
+  m.def(
+      "unpack_mean",
+      [](const PagedExpert& expert, uintptr_t out) {
+        unpack_mean(expert.geometry, expert.view, reinterpret_cast<float*>(out));
+      },
+      py::arg("expert"), py::arg("out"));
   m.def("isa_name", &isa_name);
   m.def("isa_names", &isa_names);
   m.def("force_isa", &force_isa, py::arg("name"));

@@ -49,15 +49,15 @@ static Priority checked_priority(const char* op, int priority) {
   return static_cast<Priority>(priority);
 }
 
-static std::unique_ptr<Session> open_session(Engine& engine, const py::object& first_records,
+static std::unique_ptr<Session> open_session(Engine& engine, const py::object& experts,
                                              const py::object& min_levels,
                                              const py::object& want_levels) {
-  const auto first = checked_array<int32_t>("session", "first_records", first_records);
-  const auto min = checked_array<uint8_t>("session", "min_levels", min_levels, first.size());
-  const auto want = checked_array<uint8_t>("session", "want_levels", want_levels, first.size());
-  std::vector<Need> needs(first.size());
+  const auto expert = checked_array<int32_t>("session", "experts", experts);
+  const auto min = checked_array<uint8_t>("session", "min_levels", min_levels, expert.size());
+  const auto want = checked_array<uint8_t>("session", "want_levels", want_levels, expert.size());
+  std::vector<Need> needs(expert.size());
   for (size_t i = 0; i < needs.size(); ++i)
-    needs[i] = {first.data()[i], min.data()[i], want.data()[i]};
+    needs[i] = {expert.data()[i], min.data()[i], want.data()[i]};
   py::gil_scoped_release release;
   return engine.open_session(needs.data(), static_cast<int64_t>(needs.size()));
 }
@@ -73,6 +73,17 @@ static int32_t add_records(Engine& engine, const py::object& files, const py::ob
     infos[i] = {file.data()[i], offset.data()[i], bytes.data()[i], crc.data()[i]};
   py::gil_scoped_release release;
   return engine.add_records(infos.data(), static_cast<int64_t>(infos.size()));
+}
+
+static int32_t add_experts(Engine& engine, const py::object& table) {
+  const int per_expert = engine.records_per_expert();
+  const auto ids = checked_array<int32_t>("add_experts", "records", table);
+  if (ids.size() % per_expert != 0)
+    throw std::invalid_argument(
+        "add_experts: records: expected a multiple of " + std::to_string(per_expert) +
+        " ids (all of each expert, see level_masks), got " + std::to_string(ids.size()));
+  py::gil_scoped_release release;
+  return engine.add_experts(ids.data(), ids.size() / per_expert);
 }
 
 static py::dict stats_dict(const EngineStats& s) {
@@ -189,8 +200,12 @@ void bind_engine(py::module_& m) {
            py::arg("verify") = true, py::arg("io") = "auto", py::arg("uring_depth") = 16)
       .def("add_file", &Engine::add_file, py::arg("path"), py::call_guard<py::gil_scoped_release>())
       .def("add_records", &add_records, py::arg("file"), py::arg("offset"), py::arg("nbytes"),
-           py::arg("crc"), "Records of whole experts, in order; returns the first id.")
-      .def("session", &open_session, py::arg("first_records"), py::arg("min_levels"),
+           py::arg("crc"), "Returns the first id.")
+      .def("add_experts", &add_experts, py::arg("records"),
+           "Ids of the records of each expert in turn, -1 where it has none; several may have the "
+           "same. Returns the first expert.")
+      .def_property_readonly("records_per_expert", &Engine::records_per_expert)
+      .def("session", &open_session, py::arg("experts"), py::arg("min_levels"),
            py::arg("want_levels"))
       .def(
           "request",

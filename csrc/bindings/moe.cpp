@@ -1,6 +1,8 @@
 // The MoE operator. Tensors come as addresses, since torch's bf16 has no numpy type; comoe/runtime
 // checks them.
+#include <algorithm>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "../runtime/moe_op.h"
@@ -21,24 +23,61 @@ static std::vector<int32_t> ids_of(const py::array_t<int32_t, py::array::c_style
   return {array.data(), array.data() + array.size()};
 }
 
+template <class T>
+using Table = py::array_t<T, py::array::c_style>;
+
 static int add_layer(MoeOp& op, const ExpertGeometry& geometry, const std::string& activation,
-                     float alpha, float limit, int32_t first_record, int64_t num_experts) {
-  if (num_experts < 1)
-    throw std::invalid_argument("MoeOp.add_layer: num_experts must be at least 1");
+                     float alpha, float limit, int32_t first_expert, const Table<int32_t>& records,
+                     const Table<uint8_t>& kinds, const Table<uint8_t>& bits,
+                     const Table<int32_t>& parents, const Table<uint16_t>& ranks) {
+  if (records.ndim() != 2 || records.shape(0) < 1)
+    throw std::invalid_argument("MoeOp.add_layer: records must be [E, R] with E at least 1");
+  const py::ssize_t E = records.shape(0), R = records.shape(1);
+  for (const py::array& table : {py::array(kinds), py::array(bits), py::array(parents)})
+    if (table.ndim() != 2 || table.shape(0) != E || table.shape(1) != R)
+      throw std::invalid_argument("MoeOp.add_layer: kinds, bits and parents must be [E, R]");
+  if (ranks.ndim() != 3 || ranks.shape(0) != E || ranks.shape(1) != R ||
+      ranks.shape(2) != kMaxMatrices)
+    throw std::invalid_argument("MoeOp.add_layer: ranks must be [E, R, 3]");
   MoeLayer layer;
   layer.spec = {geometry, activation_of(activation), alpha, limit};
-  layer.first_record = first_record;
-  layer.min_level.assign(num_experts, 0);
-  layer.want_level.assign(num_experts, 0);
+  layer.first_expert = first_expert;
+  layer.num_records = static_cast<int>(R);
+  layer.records.assign(records.data(), records.data() + records.size());
+  for (py::ssize_t i = 0; i < E * R; ++i) {
+    if (records.data()[i] >= 0 && kinds.data()[i] > RecordMeta::alias)
+      throw std::invalid_argument("MoeOp.add_layer: kind " + std::to_string(kinds.data()[i]) +
+                                  " is unknown");
+    RecordMeta meta{};
+    meta.present = records.data()[i] >= 0;
+    if (meta.present) {
+      meta.kind = static_cast<RecordMeta::Kind>(kinds.data()[i]);
+      meta.bits = bits.data()[i];
+      meta.parent = parents.data()[i];
+      std::copy_n(ranks.data() + i * kMaxMatrices, kMaxMatrices, meta.ranks);
+    }
+    layer.metas.push_back(meta);
+  }
+  const auto exact = static_cast<uint8_t>(op.num_levels() - 1);
+  layer.min_level.assign(E, exact);
+  layer.want_level.assign(E, exact);
   return op.add_layer(std::move(layer));
 }
 
-static void set_levels(MoeOp& op, int layer_idx, uint8_t min_level, uint8_t want_level) {
-  if (min_level > want_level || want_level > 4)
-    throw std::invalid_argument("MoeOp.set_levels: expected min <= want <= 4");
+static void set_levels(MoeOp& op, int layer_idx, const Table<uint8_t>& min_levels,
+                       const Table<uint8_t>& want_levels) {
   MoeLayer& layer = op.layer(layer_idx);
-  layer.min_level.assign(layer.min_level.size(), min_level);
-  layer.want_level.assign(layer.want_level.size(), want_level);
+  const auto E = static_cast<py::ssize_t>(layer.min_level.size());
+  if (min_levels.ndim() != 1 || min_levels.size() != E || want_levels.ndim() != 1 ||
+      want_levels.size() != E)
+    throw std::invalid_argument("MoeOp.set_levels: expected one level per expert (" +
+                                std::to_string(E) + ")");
+  for (py::ssize_t e = 0; e < E; ++e)
+    if (min_levels.data()[e] > want_levels.data()[e] || want_levels.data()[e] >= op.num_levels())
+      throw std::invalid_argument("MoeOp.set_levels: expert " + std::to_string(e) +
+                                  ": expected min <= want < " + std::to_string(op.num_levels()));
+  layer.min_level.assign(min_levels.data(), min_levels.data() + E);
+  layer.want_level.assign(want_levels.data(), want_levels.data() + E);
 }
 
 static void forward(MoeOp& op, int layer_idx, uintptr_t x, int x_dtype, int64_t x_stride,
@@ -66,12 +105,15 @@ static void forward(MoeOp& op, int layer_idx, uintptr_t x, int x_dtype, int64_t 
 void bind_moe(py::module_& m) {
   py::class_<MoeOp>(m, "MoeOp",
                     "Computes MoE layers from the engine's pages, loading what is missing.")
-      .def(py::init<Engine&>(), py::arg("engine"), py::keep_alive<1, 2>())
+      .def(py::init<Engine&, std::vector<uint32_t>>(), py::arg("engine"), py::arg("level_masks"),
+           py::keep_alive<1, 2>())
       .def("add_layer", &add_layer, py::arg("geometry"), py::arg("activation"), py::arg("alpha"),
-           py::arg("limit"), py::arg("first_record"), py::arg("num_experts"),
+           py::arg("limit"), py::arg("first_expert"), py::arg("records"), py::arg("kinds"),
+           py::arg("bits"), py::arg("parents"), py::arg("ranks"),
+           "records [E, R]: ids in the engine, -1 for none; the others as in the store's table. "
            "Returns the layer's index.")
-      .def("set_levels", &set_levels, py::arg("layer_idx"), py::arg("min_level"),
-           py::arg("want_level"), "For all experts of a layer; in force from the next call on.")
+      .def("set_levels", &set_levels, py::arg("layer_idx"), py::arg("min_levels"),
+           py::arg("want_levels"), "Of each expert, uint8 [E]; in force from the next call on.")
       .def("forward", &forward, py::arg("layer_idx"), py::arg("x"), py::arg("x_dtype"),
            py::arg("x_stride"), py::arg("expert_idx"), py::arg("weights"), py::arg("T"),
            py::arg("K"), py::arg("out"), py::arg("round_products"), py::arg("used"),
@@ -90,7 +132,7 @@ void bind_moe(py::module_& m) {
           "expert",
           [](const MoeOp& op, int layer_idx, int64_t expert, int level) {
             return PagedExpert(op.layer(layer_idx).spec.geometry,
-                               op.view(layer_idx, expert, static_cast<Level>(level)));
+                               op.view(layer_idx, expert, level));
           },
           py::arg("layer_idx"), py::arg("expert"), py::arg("level"),
           "An expert that a session holds, valid until the session is done with it.");

@@ -21,6 +21,13 @@ struct PagedExpert {
   std::vector<std::vector<const uint8_t*>> pages;
   std::vector<py::object> owners;
 
+  // Level of an expert of one part, -1 of several or of none.
+  int level() const {
+    const bool plain = view.parts.size() == 1 && view.low_rank.empty() && view.means.empty();
+    return plain ? static_cast<int>(view.parts[0].level) : -1;
+  }
+  bool has_matrices() const { return !view.parts.empty() || !view.low_rank.empty(); }
+
   // Of the engine's pages, which a session keeps in place.
   PagedExpert(const ExpertGeometry& geometry, const ExpertView& view)
       : geometry(geometry), view(view) {}
@@ -32,8 +39,8 @@ struct PagedExpert {
       throw std::invalid_argument("PagedExpert: " + text);
     };
     if (hidden < 1 || intermediate < 1) fail("hidden and intermediate must be at least 1");
-    if (exact_dtype < 0 || exact_dtype > 2)
-      fail("exact_dtype must be 0 (fp32), 1 (bf16) or 2 (fp16)");
+    if (exact_dtype < 0 || exact_dtype >= kNumExactTypes)
+      fail("exact_dtype must be 0 (fp32), 1 (bf16), 2 (fp16), 3 (fp8) or 4 (mxfp4)");
     if (level < 0 || level > 4) fail("level must be 0..4, got " + std::to_string(level));
     if (page_bytes < 4096 || page_bytes % 4096)
       fail("page_bytes must be a multiple of 4096, got " + std::to_string(page_bytes));
@@ -41,8 +48,8 @@ struct PagedExpert {
     geometry.intermediate = intermediate;
     geometry.gated = gated;
     geometry.biased = biased;
-    geometry.exact_dtype = static_cast<DType>(exact_dtype);
-    view.level = static_cast<Level>(level);
+    geometry.exact_dtype = static_cast<ExactType>(exact_dtype);
+    PagedBytes records_of_level[kNumRecords];
     pages.resize(kNumRecords);
     for (int r = 0; r < kNumRecords; ++r) {
       const bool needed = level == 4 ? r == 4 : r <= level;
@@ -68,9 +75,10 @@ struct PagedExpert {
                " is not aligned to 64 bytes");
         pages[r].push_back(page);
       }
-      view.records[r] = {pages[r].data(), page_bytes};
+      records_of_level[r] = {pages[r].data(), page_bytes};
       owners.push_back(arena);
     }
+    view = ExpertView(static_cast<Level>(level), records_of_level);
   }
 };
 

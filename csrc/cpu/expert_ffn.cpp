@@ -4,12 +4,15 @@
 #include <atomic>
 #include <cstring>
 #include <limits>
+#include <memory>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "kernels.h"
 #include "parallel.h"
+#include "parts.h"
 
 namespace comoe {
 namespace {
@@ -28,7 +31,7 @@ const Candidate kCandidates[] = {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
               __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vnni") &&
-              __builtin_cpu_supports("avx512bf16");
+              __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("gfni");
      }},
     {&kAvx512Kernels,
      [] {
@@ -121,29 +124,36 @@ struct Position {
   }
 };
 
+// What the RunArgs of a walk point to. One per thread: allocating for each of the short runs of a
+// small H took 5% of the time.
+struct RunBuffers {
+  std::vector<Segment> segments;
+  std::vector<Prefetch> prefetch;
+  std::vector<uint8_t> params;
+};
+thread_local RunBuffers run_buffers;
+
 // Row tiles of one matrix of one expert, from `first_tile` upwards.
 class MatrixWalk {
  public:
-  MatrixWalk(const ExpertGeometry& geometry, const ExpertView& expert, int m, int64_t first_tile)
-      : level_(expert.level), exact_dtype_(geometry.exact_dtype), shape_(geometry.matrix(m)) {
+  MatrixWalk(const MatrixView& view, int64_t first_tile)
+      : level_(view.level), exact_dtype_(view.exact_dtype), shape_(view.shape) {
     const int64_t block = first_tile * shape_.col_blocks();
     at_.num_planes = num_planes(level_);
     at_.blocks_left = shape_.num_blocks() - block;
     for (int p = 0; p < at_.num_planes; ++p) {
-      const int record = level_ == Level::exact ? 4 : p;
-      at_.block_bytes[p] = geometry.block_bytes(record);
-      at_.planes[p] = Cursor(expert.records[record],
-                             geometry.blocks_offset(record, m) + block * at_.block_bytes[p]);
+      at_.block_bytes[p] = view.block_bytes[p];
+      at_.planes[p] = Cursor(view.planes[p], view.blocks_at[p] + block * view.block_bytes[p]);
     }
-    if (level_ == Level::exact) return;
-    header_ =
-        reinterpret_cast<const MatrixHeader*>(expert.records[0].at(geometry.header_offset(m)));
-    params_bytes_ = shape_.groups() * kParamsBytes;
-    params_ = Cursor(expert.records[0], geometry.params_offset(m) + first_tile * params_bytes_);
+    params_bytes_ = view.params_bytes;
+    if (params_bytes_)
+      params_ = Cursor(view.planes[0], view.params_at + first_tile * params_bytes_);
+    if (level_ != Level::exact)
+      header_ = reinterpret_cast<const MatrixHeader*>(view.planes[0].at(view.header_at));
   }
 
-  // Fills all of `args` but the rows with the next tiles, and moves on. Its pointers hold until the
-  // next call. `then`: what will be read after them, or null.
+  // Fills all of `args` but rows and value_dtype with the next tiles, and moves on. Its pointers
+  // hold until this thread's next call, of any walk. `then`: what will be read after them, or null.
   void take(int64_t num_tiles, const MatrixWalk* then, RunArgs& args) {
     args.level = level_;
     args.exact_dtype = exact_dtype_;
@@ -152,70 +162,61 @@ class MatrixWalk {
     const int64_t end = num_tiles * args.col_blocks;
 
     // While one chunk is computed the next is fetched; the first was fetched by the run before.
-    prefetch_.clear();
+    auto& [segments, prefetch, params] = run_buffers;
+    prefetch.clear();
     Position ahead = at_;
     const int64_t lag = std::min(kPrefetchBlocks, end);
     ahead.append_prefetch(lag, nullptr);
-    ahead.append_prefetch(end - lag, &prefetch_);
+    ahead.append_prefetch(end - lag, &prefetch);
     if (then) {
       ahead = then->at_;
-      ahead.append_prefetch(std::min(kPrefetchBlocks, ahead.blocks_left), &prefetch_);
+      ahead.append_prefetch(std::min(kPrefetchBlocks, ahead.blocks_left), &prefetch);
       for (int64_t at = 0; at < then->params_bytes_; at += 64)
         __builtin_prefetch(then->params_.get() + at);
     }
-    prefetch_.push_back({});
-    args.prefetch = prefetch_.data();
+    prefetch.push_back({});
+    args.prefetch = prefetch.data();
 
-    segments_.clear();
-    at_.append_segments(end, segments_);
-    args.segments = segments_.data();
+    segments.clear();
+    at_.append_segments(end, segments);
+    args.segments = segments.data();
     args.header = header_;
-    if (header_) args.params = take_params(num_tiles);
+    args.params = params_bytes_ ? take_params(num_tiles, params) : nullptr;
   }
 
  private:
-  // The tiles' group parameters in one piece: where they lie, or a copy if they cross into another
-  // page.
-  const uint8_t* take_params(int64_t num_tiles) {
+  // The tiles' group parameters, or scales of codes, in one piece: where they lie, or a copy if
+  // they cross into another page.
+  const uint8_t* take_params(int64_t num_tiles, std::vector<uint8_t>& copy) {
     const int64_t bytes = num_tiles * params_bytes_;
     if (bytes <= params_.left()) {
       const uint8_t* here = params_.get();
       params_.advance(bytes);
       return here;
     }
-    params_copy_.resize(bytes);
+    copy.resize(bytes);
     for (int64_t done = 0; done < bytes;) {
       const int64_t n = std::min(bytes - done, params_.left());
-      std::memcpy(params_copy_.data() + done, params_.get(), n);
+      std::memcpy(copy.data() + done, params_.get(), n);
       params_.advance(n);
       done += n;
     }
-    return params_copy_.data();
+    return copy.data();
   }
 
   Level level_;
-  DType exact_dtype_;
+  ExactType exact_dtype_;
   MatrixGeometry shape_;
   Position at_;
   const MatrixHeader* header_ = nullptr;
   int64_t params_bytes_ = 0;  // of one tile
   Cursor params_;
-  std::vector<Segment> segments_;
-  std::vector<Prefetch> prefetch_;
-  std::vector<uint8_t> params_copy_;
 };
 
 // Biases of the 16 rows of tile n (those past the end are undefined).
-void tile_bias(const ExpertGeometry& geometry, const ExpertView& expert, int m, int64_t n,
-               const Kernels& kernels, float* out) {
-  const int64_t row = n * kBlockRows;
-  if (expert.level == Level::exact) {
-    const int64_t at = geometry.exact_bias_offset(m) + row * dtype_bytes(geometry.exact_dtype);
-    kernels.load(expert.records[4].at(at), geometry.exact_dtype, kBlockRows, out);
-  } else {
-    kernels.load(expert.records[0].at(geometry.bias_offset(m) + row * 4), DType::fp32, kBlockRows,
-                 out);
-  }
+void tile_bias(const MatrixView& view, int64_t n, const Kernels& kernels, float* out) {
+  const int64_t at = view.bias_at + n * kBlockRows * dtype_bytes(view.bias_dtype);
+  kernels.load(view.planes[0].at(at), view.bias_dtype, kBlockRows, out);
 }
 
 // ---- expert_ffn -------------------------------------------------------------------------------
@@ -227,6 +228,44 @@ constexpr int64_t kDownTiles = 16;
 
 struct Item {
   int32_t task, piece;
+  int32_t shrink = 0;  // index into the expert's shrinks
+};
+
+// Most products that add up to the rows of one matrix: one per record, at most.
+constexpr int kMaxTerms = 32;
+
+// One product that adds to the rows of a matrix of an expert: with x, with the activated
+// intermediate `a`, or with t = V x or V a of a low-rank delta.
+struct Term {
+  MatrixView view;
+  RowLayout layout;  // of the prepared rows that it takes
+  bool of_x;         // rows of x, by token; else row i of the task, in the scratch
+  bool biased;
+  int shrink;           // of U: index of what makes its t, in of_x or of_a; else -1
+  int64_t rows_at = 0;  // in the scratch
+};
+
+// t = V x or V a, prepared for U.
+struct Shrink {
+  Term term;
+  RowLayout layout;  // of t
+  int64_t rows_at;   // of t, in the scratch
+};
+
+// What is to be computed for a task.
+struct Expert {
+  std::vector<Term> terms[kMaxMatrices];  // by matrix
+  std::vector<Shrink> of_x, of_a;
+  int64_t a_at[kForms] = {};  // prepared rows of the intermediate, by form
+  bool a_used[kForms] = {};
+  std::vector<float> mean;  // [H] or empty
+  bool computes() const { return !terms[0].empty() || !terms[1].empty() || !terms[2].empty(); }
+};
+
+struct Product {
+  const Term* term;
+  float* out;
+  bool adds;  // to what is in `out`
 };
 
 struct Call {
@@ -240,11 +279,12 @@ struct Call {
   std::vector<RowLayout> x_layout, a_layout;  // by form
   std::vector<uint8_t*> x_rows;               // [form] -> prepared rows of x
   std::vector<int32_t> slot;                  // token -> prepared row
-  std::vector<uint8_t*> a_rows;               // [task] -> prepared rows of the intermediate
-  int64_t down_tiles;                         // row tiles of down per item
+  std::vector<Expert> experts;                // [task]
+  uint8_t* scratch = nullptr;                 // prepared rows of tasks
+  int64_t down_tiles = 1;                     // row tiles of down per item
 
-  Form form(const FfnTask& task) const {
-    return row_form(task.expert->level, spec.geometry.exact_dtype, x_dtype, kernels.bf16_dot);
+  Form form(const MatrixView& view) const {
+    return row_form(view.level, view.exact_dtype, x_dtype, kernels.bf16_dot);
   }
 
   void prepare_x(Form form, int32_t token, int32_t row) const {
@@ -271,6 +311,7 @@ struct Call {
     for (int64_t n = 0; n < num_tiles; n += step) {
       RunArgs args;
       args.layout = layout;
+      args.value_dtype = value_dtype(spec.geometry.exact_dtype, x_dtype);
       walk.take(std::min(step, num_tiles - n), n + step < num_tiles ? &walk : then, args);
       for (int i = begin; i < end; i += kMaxRows) {
         args.num_rows = std::min(end - i, kMaxRows);
@@ -287,7 +328,7 @@ struct Call {
   // bias included, and after the activation), so that greedy decoding seldom meets a different near
   // tie.
   bool rounds(const FfnTask& task) const {
-    return task.expert->level == Level::exact && x_dtype != DType::fp32;
+    return task.expert->is_exact() && x_dtype != DType::fp32;
   }
   void round(float* values, int64_t n) const {
     uint16_t narrow[kGroupCols];
@@ -309,86 +350,208 @@ struct Call {
     if (rounds(task)) round(out, n);
   }
 
+  const uint8_t* row_of(const Term& term, const FfnTask& task, int i) const {
+    if (!term.of_x) return scratch + term.rows_at + i * term.layout.bytes();
+    return x_rows[static_cast<int>(term.layout.form)] + slot[task.token[i]] * term.layout.bytes();
+  }
+
+  // All products over row tiles [first, first + num_tiles) and rows [begin, end) of a task; row i
+  // goes to out[(i - begin) * stride ...]. `extra`: as large as the part of `out` that is written.
+  void multiply(const Product* products, int count, const FfnTask& task, int64_t first,
+                int64_t num_tiles, int begin, int end, int64_t stride, float* extra,
+                const MatrixWalk* then) const {
+    if (count == 0) return;
+    MatrixWalk walk(products[0].term->view, first);
+    for (int k = 0; k < count; ++k) {
+      const Product& p = products[k];
+      std::optional<MatrixWalk> next;
+      if (k + 1 < count) next.emplace(products[k + 1].term->view, first);
+      run(walk, next ? &*next : then, num_tiles, p.term->layout, begin, end, p.adds ? extra : p.out,
+          stride, [&](int i) { return row_of(*p.term, task, i); });
+      if (p.adds)
+        for (int i = 0; i < end - begin; ++i)
+          for (int64_t r = 0; r < num_tiles * kBlockRows; ++r)
+            p.out[i * stride + r] += extra[i * stride + r];
+      if (next) walk = std::move(*next);
+    }
+  }
+
+  // Appends the products of matrix m, or clears `out` if there are none.
+  void append_products(const Expert& expert, int m, float* out, int64_t floats, Product* products,
+                       int& count) const {
+    if (expert.terms[m].empty()) std::fill(out, out + floats, 0.0f);
+    bool adds = false;
+    for (const Term& term : expert.terms[m]) {
+      products[count++] = {&term, out, adds};
+      adds = true;
+    }
+  }
+
+  void add_bias(const Expert& expert, int m, int64_t first, int64_t num_tiles, int num_rows,
+                float* out, int64_t stride) const {
+    for (const Term& term : expert.terms[m]) {
+      if (!term.biased) continue;
+      for (int64_t n = 0; n < num_tiles; ++n) {
+        float bias[kBlockRows];
+        tile_bias(term.view, first + n, kernels, bias);
+        for (int i = 0; i < num_rows; ++i)
+          for (int64_t r = 0; r < kBlockRows; ++r) out[i * stride + n * kBlockRows + r] += bias[r];
+      }
+    }
+  }
+
+  // The first weights that an item reads, for the item before it to fetch.
+  std::optional<MatrixWalk> head(int m, const Item* item, int64_t tiles) const {
+    if (item == nullptr || experts[item->task].terms[m].empty()) return std::nullopt;
+    return MatrixWalk(experts[item->task].terms[m][0].view, item->piece * tiles);
+  }
+
+  // Phases 0 and 2: 128 rows of V x (V a), a whole group of t, so that it can be prepared here.
+  void shrink(const Item& item, const Shrink& s) const {
+    const FfnTask& task = tasks[item.task];
+    alignas(64) float buffer[kMaxRows * kGroupCols];
+    const int64_t first = item.piece * kGroupTiles;
+    const int64_t num_tiles = std::min(kGroupTiles, s.term.view.shape.row_tiles() - first);
+    const int64_t valid = std::min(kGroupCols, s.term.view.shape.rows - item.piece * kGroupCols);
+    const Product product{&s.term, buffer, false};
+    for (int begin = 0; begin < task.num_rows; begin += kMaxRows) {
+      const int end = std::min(begin + kMaxRows, task.num_rows);
+      multiply(&product, 1, task, first, num_tiles, begin, end, kGroupCols, nullptr, nullptr);
+      for (int i = begin; i < end; ++i) {
+        float* t = buffer + (i - begin) * kGroupCols;
+        std::fill(t + valid, t + kGroupCols, 0.0f);
+        kernels.prepare_group(t, s.layout, item.piece, scratch + s.rows_at + i * s.layout.bytes());
+      }
+    }
+  }
+
   // Phase 1: 128 rows of gate and up (a whole group of the intermediate, so that it can be
   // quantised here) for all rows of the task.
-  MatrixWalk gate_up_walk(const Item& item) const {
-    const ExpertGeometry& g = spec.geometry;
-    return MatrixWalk(g, *tasks[item.task].expert, g.gated ? 1 : 0, item.piece * kGroupTiles);
-  }
-  void gate_up(const Item& item, const MatrixWalk* then) const {
+  void gate_up(const Item& item, const Item* next_item) const {
     const ExpertGeometry& g = spec.geometry;
     const FfnTask& task = tasks[item.task];
+    const Expert& expert = experts[item.task];
+    const int up = g.gated ? 1 : 0;
     const int64_t group = item.piece;
-    const int f = static_cast<int>(form(task));
-    const RowLayout &layout = x_layout[f], &a_lay = a_layout[f];
-    alignas(64) float buffer[2][kChunkRows * kGroupCols];
+    alignas(64) float buffer[3][kChunkRows * kGroupCols];  // up, gate, what is added to them
     const int64_t first = group * kGroupTiles;
     const int64_t num_tiles = std::min(kGroupTiles, g.matrix(0).row_tiles() - first);
     const int64_t valid = std::min(kGroupCols, g.intermediate - group * kGroupCols);
-    auto row_of = [&](int i) { return x_rows[f] + slot[task.token[i]] * layout.bytes(); };
-    auto add_bias = [&](int m, int num_rows, float* out) {
-      float bias[kGroupCols];
-      for (int64_t n = 0; n < num_tiles; ++n)
-        tile_bias(g, *task.expert, m, first + n, kernels, bias + n * kBlockRows);
-      for (int i = 0; i < num_rows; ++i)
-        for (int64_t r = 0; r < num_tiles * kBlockRows; ++r) out[i * kGroupCols + r] += bias[r];
-    };
+    const std::optional<MatrixWalk> then = head(up, next_item, kGroupTiles);
     for (int begin = 0; begin < task.num_rows; begin += kChunkRows) {
       const int end = std::min(begin + kChunkRows, task.num_rows);
-      MatrixWalk up = gate_up_walk(item);
-      if (g.gated) {
-        MatrixWalk gate(g, *task.expert, 0, first);
-        run(up, &gate, num_tiles, layout, begin, end, buffer[0], kGroupCols, row_of);
-        run(gate, then, num_tiles, layout, begin, end, buffer[1], kGroupCols, row_of);
-        if (g.biased) add_bias(0, end - begin, buffer[1]);
-      } else {
-        run(up, then, num_tiles, layout, begin, end, buffer[0], kGroupCols, row_of);
+      Product products[2 * kMaxTerms];
+      int count = 0;
+      for (int i = 0; i <= up; ++i)
+        append_products(expert, up - i, buffer[i], (end - begin) * kGroupCols, products, count);
+      multiply(products, count, task, first, num_tiles, begin, end, kGroupCols, buffer[2],
+               then ? &*then : nullptr);
+      for (int i = 0; i <= up; ++i) {
+        if (g.biased)
+          add_bias(expert, up - i, first, num_tiles, end - begin, buffer[i], kGroupCols);
+        if (rounds(task)) round(buffer[i], (end - begin) * kGroupCols);
       }
-      if (g.biased) add_bias(g.gated ? 1 : 0, end - begin, buffer[0]);
-      if (rounds(task))
-        for (int m = 0; m < (g.gated ? 2 : 1); ++m) round(buffer[m], (end - begin) * kGroupCols);
       for (int i = 0; i < end - begin; ++i) {
         alignas(64) float a_group[kGroupCols];
         const int64_t at = i * kGroupCols;
         activate(task, g.gated ? buffer[1] + at : nullptr, buffer[0] + at, num_tiles * kBlockRows,
                  a_group);
         std::fill(a_group + valid, a_group + kGroupCols, 0.0f);
-        kernels.prepare_group(a_group, a_lay, group,
-                              a_rows[item.task] + (begin + i) * a_lay.bytes());
+        for (int f = 0; f < kForms; ++f)
+          if (expert.a_used[f])
+            kernels.prepare_group(a_group, a_layout[f], group,
+                                  scratch + expert.a_at[f] + (begin + i) * a_layout[f].bytes());
       }
     }
   }
 
-  // Phase 2: a few row tiles of down.
-  MatrixWalk down_walk(const Item& item) const {
-    const ExpertGeometry& g = spec.geometry;
-    return MatrixWalk(g, *tasks[item.task].expert, g.num_matrices() - 1, item.piece * down_tiles);
-  }
-  void down(const Item& item, const MatrixWalk* then) const {
+  // Phase 3: a few row tiles of down.
+  void down(const Item& item, const Item* next_item) const {
     const ExpertGeometry& g = spec.geometry;
     const FfnTask& task = tasks[item.task];
+    const Expert& expert = experts[item.task];
     const int m = g.num_matrices() - 1;
-    const RowLayout& layout = a_layout[static_cast<int>(form(task))];
-    alignas(64) float buffer[kMaxRows * kDownTiles * kBlockRows];
-    float bias[kDownTiles * kBlockRows] = {};
+    alignas(64) float buffer[2][kMaxRows * kDownTiles * kBlockRows];
     const int64_t first = item.piece * down_tiles;
     const int64_t num_tiles = std::min(down_tiles, g.matrix(m).row_tiles() - first);
     const int64_t stride = num_tiles * kBlockRows;
     const int64_t valid = std::min(stride, g.hidden - first * kBlockRows);
-    if (g.biased)
-      for (int64_t n = 0; n < num_tiles; ++n)
-        tile_bias(g, *task.expert, m, first + n, kernels, bias + n * kBlockRows);
+    const std::optional<MatrixWalk> then = head(m, next_item, down_tiles);
     for (int begin = 0; begin < task.num_rows; begin += kMaxRows) {
       const int end = std::min(begin + kMaxRows, task.num_rows);
-      MatrixWalk walk = down_walk(item);
-      run(walk, then, num_tiles, layout, begin, end, buffer, stride,
-          [&](int i) { return a_rows[item.task] + i * layout.bytes(); });
+      Product products[kMaxTerms];
+      int count = 0;
+      append_products(expert, m, buffer[0], (end - begin) * stride, products, count);
+      multiply(products, count, task, first, num_tiles, begin, end, stride, buffer[1],
+               then ? &*then : nullptr);
+      if (g.biased) add_bias(expert, m, first, num_tiles, end - begin, buffer[0], stride);
       for (int i = begin; i < end; ++i) {
         float* out = pair_out + task.pair[i] * g.hidden + first * kBlockRows;
-        for (int64_t r = 0; r < valid; ++r) out[r] = buffer[(i - begin) * stride + r] + bias[r];
+        std::copy_n(buffer[0] + (i - begin) * stride, valid, out);
+        if (!expert.mean.empty())
+          for (int64_t r = 0; r < valid; ++r) out[r] += expert.mean[first * kBlockRows + r];
         if (rounds(task)) round(out, valid);
       }
     }
+  }
+
+  // The terms of a task, without places in the scratch (see `place`).
+  Expert expert_of(const FfnTask& task) const {
+    const ExpertGeometry& g = spec.geometry;
+    const int down = g.num_matrices() - 1;
+    Expert expert;
+    for (const PartView& part : task.expert->parts)
+      for (int m = 0; m <= down; ++m) {
+        const MatrixView view = matrix_view(g, part, m);
+        const int f = static_cast<int>(form(view));
+        const RowLayout& layout = m == down ? a_layout[f] : x_layout[f];
+        expert.terms[m].push_back({view, layout, m < down, g.biased, -1});
+      }
+    for (const LowRankView& low_rank : task.expert->low_rank)
+      for (int m = 0; m <= down; ++m) {
+        if (low_rank.ranks[m] == 0) continue;
+        const MatrixView v = factor_view(g, low_rank, m, 0), u = factor_view(g, low_rank, m, 1);
+        const int f = static_cast<int>(form(v));
+        const RowLayout t(form(u), low_rank.ranks[m]);
+        std::vector<Shrink>& shrinks = m == down ? expert.of_a : expert.of_x;
+        expert.terms[m].push_back({u, t, false, false, static_cast<int>(shrinks.size())});
+        shrinks.push_back({{v, m == down ? a_layout[f] : x_layout[f], m < down, false, -1}, t, 0});
+      }
+    for (const std::vector<Term>& terms : expert.terms)
+      if (terms.size() > kMaxTerms)
+        throw std::invalid_argument("expert_ffn: an expert of more than 32 parts");
+    if (!task.expert->means.empty()) {
+      expert.mean.resize(g.hidden);
+      unpack_mean(g, *task.expert, expert.mean.data());
+    }
+    return expert;
+  }
+
+  // Gives what the phases hand on its place in the scratch, from `bytes` on; returns its end.
+  int64_t place(Expert& expert, const FfnTask& task, int64_t bytes) const {
+    const int down = spec.geometry.num_matrices() - 1;
+    auto take = [&](const RowLayout& layout) {
+      const int64_t at = bytes;
+      bytes += task.num_rows * layout.bytes();
+      return at;
+    };
+    auto use_a = [&](Term& term) {
+      const int f = static_cast<int>(term.layout.form);
+      if (!expert.a_used[f]) expert.a_at[f] = take(a_layout[f]);
+      expert.a_used[f] = true;
+      term.rows_at = expert.a_at[f];
+    };
+    for (int m = 0; m <= down; ++m)
+      for (Term& term : expert.terms[m]) {
+        if (term.shrink >= 0) {
+          Shrink& shrink = (m == down ? expert.of_a : expert.of_x)[term.shrink];
+          if (m == down) use_a(shrink.term);
+          term.rows_at = shrink.rows_at = take(shrink.layout);
+        } else if (m == down) {
+          use_a(term);
+        }
+      }
+    return bytes;
   }
 };
 
@@ -414,13 +577,19 @@ void for_items(const std::vector<Item>& items, Work&& work) {
       item = next;
     }
   };
+  if (items.empty()) return;
   if (items.size() == 1 || Parallel::instance().num_threads() == 1) return body(&context, 0, 1);
   Parallel::instance().run(body, &context);
 }
 
-uint8_t* align64(std::vector<uint8_t>& buffer) {
-  return buffer.data() + (64 - reinterpret_cast<uintptr_t>(buffer.data()) % 64) % 64;
-}
+// Not a vector, which would fill it with zeros: every byte that is read is written first.
+struct Scratch {
+  std::unique_ptr<uint8_t[]> bytes;
+  explicit Scratch(int64_t n) : bytes(new uint8_t[n + 64]) {}
+  uint8_t* aligned() const {
+    return bytes.get() + (64 - reinterpret_cast<uintptr_t>(bytes.get()) % 64) % 64;
+  }
+};
 
 }  // namespace
 
@@ -457,9 +626,8 @@ void expert_ffn(const FfnSpec& spec, const FfnTask* tasks, int num_tasks, const 
   if (spec.activation == Activation::swigluoai && !g.gated)
     throw std::invalid_argument("expert_ffn: activation swigluoai needs gated experts");
   const Kernels& kernels = *current_kernels().load();
-  Call call{spec, kernels, tasks, x, x_dtype, x_stride, pair_out, {}, {}, {}, {}, {}, 1};
+  Call call{spec, kernels, tasks, x, x_dtype, x_stride, pair_out, {}, {}, {}, {}, {}};
 
-  constexpr int kForms = 4;
   for (int f = 0; f < kForms; ++f) {
     call.x_layout.emplace_back(static_cast<Form>(f), g.hidden);
     call.a_layout.emplace_back(static_cast<Form>(f), g.intermediate);
@@ -467,22 +635,28 @@ void expert_ffn(const FfnSpec& spec, const FfnTask* tasks, int num_tasks, const 
   // Each token that some task reads is prepared once per form that some task needs.
   bool used[kForms] = {};
   std::vector<int32_t> tokens;
-  std::vector<int64_t> a_offset;
-  int64_t a_bytes = 0;
-  std::vector<Item> gate_up_items, down_items;
+  int64_t scratch_bytes = 0;
+  std::vector<Item> x_items, gate_up_items, a_items, down_items;
   const int64_t tiles = g.matrix(g.num_matrices() - 1).row_tiles();
   const int num_threads = Parallel::instance().num_threads();
   // Long runs read memory faster; eight items per thread are enough to balance.
   call.down_tiles =
       std::min(std::max<int64_t>(num_tasks * tiles / (8 * num_threads), 1), kDownTiles);
   const int64_t down_pieces = ceil_div(tiles, call.down_tiles);
+  auto add_items = [](std::vector<Item>& items, int32_t task, int64_t pieces, size_t shrink = 0) {
+    for (int64_t i = 0; i < pieces; ++i)
+      items.push_back({task, static_cast<int32_t>(i), static_cast<int32_t>(shrink)});
+  };
   for (int t = 0; t < num_tasks; ++t) {
     const FfnTask& task = tasks[t];
-    const int f = static_cast<int>(call.form(task));
-    a_offset.push_back(a_bytes);
+    call.experts.push_back(call.expert_of(task));
     if (task.num_rows == 0) continue;
-    used[f] = true;
-    a_bytes += task.num_rows * call.a_layout[f].bytes();
+    Expert& expert = call.experts.back();
+    scratch_bytes = call.place(expert, task, scratch_bytes);
+    for (const std::vector<Term>& terms : expert.terms)
+      for (const Term& term : terms)
+        if (term.of_x) used[static_cast<int>(term.layout.form)] = true;
+    for (const Shrink& s : expert.of_x) used[static_cast<int>(s.term.layout.form)] = true;
     for (int i = 0; i < task.num_rows; ++i) {
       const int32_t token = task.token[i];
       if (token >= static_cast<int32_t>(call.slot.size())) call.slot.resize(token + 1, -1);
@@ -490,9 +664,12 @@ void expert_ffn(const FfnSpec& spec, const FfnTask* tasks, int num_tasks, const 
       call.slot[token] = static_cast<int32_t>(tokens.size());
       tokens.push_back(token);
     }
-    for (int64_t i = 0; i < call.a_layout[f].groups; ++i)
-      gate_up_items.push_back({t, static_cast<int32_t>(i)});
-    for (int64_t i = 0; i < down_pieces; ++i) down_items.push_back({t, static_cast<int32_t>(i)});
+    for (size_t s = 0; s < expert.of_x.size(); ++s)
+      add_items(x_items, t, expert.of_x[s].layout.groups, s);
+    if (expert.computes()) add_items(gate_up_items, t, ceil_div(g.intermediate, kGroupCols));
+    for (size_t s = 0; s < expert.of_a.size(); ++s)
+      add_items(a_items, t, expert.of_a[s].layout.groups, s);
+    add_items(down_items, t, down_pieces);
   }
   if (tokens.empty()) return;
 
@@ -502,9 +679,9 @@ void expert_ffn(const FfnSpec& spec, const FfnTask* tasks, int num_tasks, const 
     x_offset[f] = x_bytes;
     if (used[f]) x_bytes += num_tokens * call.x_layout[f].bytes();
   }
-  std::vector<uint8_t> x_buffer(x_bytes + 64), a_buffer(a_bytes + 64);
-  for (int f = 0; f < kForms; ++f) call.x_rows.push_back(align64(x_buffer) + x_offset[f]);
-  for (int t = 0; t < num_tasks; ++t) call.a_rows.push_back(align64(a_buffer) + a_offset[t]);
+  const Scratch x_buffer(x_bytes), scratch(scratch_bytes);
+  for (int f = 0; f < kForms; ++f) call.x_rows.push_back(x_buffer.aligned() + x_offset[f]);
+  call.scratch = scratch.aligned();
 
   // A row takes about a microsecond: a few are not worth waking another thread for.
   parallel_for(num_tokens, 8, [&](int64_t begin, int64_t end, int) {
@@ -512,16 +689,14 @@ void expert_ffn(const FfnSpec& spec, const FfnTask* tasks, int num_tasks, const 
       for (int f = 0; f < kForms; ++f)
         if (used[f]) call.prepare_x(static_cast<Form>(f), tokens[i], static_cast<int32_t>(i));
   });
-  for_items(gate_up_items, [&](const Item& item, const Item* next) {
-    if (!next) return call.gate_up(item, nullptr);
-    const MatrixWalk then = call.gate_up_walk(*next);
-    call.gate_up(item, &then);
+  for_items(x_items, [&](const Item& item, const Item*) {
+    call.shrink(item, call.experts[item.task].of_x[item.shrink]);
   });
-  for_items(down_items, [&](const Item& item, const Item* next) {
-    if (!next) return call.down(item, nullptr);
-    const MatrixWalk then = call.down_walk(*next);
-    call.down(item, &then);
+  for_items(gate_up_items, [&](const Item& item, const Item* next) { call.gate_up(item, next); });
+  for_items(a_items, [&](const Item& item, const Item*) {
+    call.shrink(item, call.experts[item.task].of_a[item.shrink]);
   });
+  for_items(down_items, [&](const Item& item, const Item* next) { call.down(item, next); });
 }
 
 void combine_pairs(const float* pair_out, const float* weights, const int64_t* expert_idx,
@@ -558,32 +733,107 @@ void combine_pairs(const float* pair_out, const float* weights, const int64_t* e
   });
 }
 
+namespace {
+
+// Row tile n of a matrix, its first `num_rows` rows, as `dtype`.
+void unpack_rows(const Kernels& kernels, MatrixWalk& walk, const MatrixView& view, int64_t num_rows,
+                 void* out, DType dtype, int64_t ld) {
+  RunArgs args;
+  args.value_dtype = value_dtype(view.exact_dtype, dtype);
+  walk.take(1, nullptr, args);
+  kernels.unpack_tile(args, num_rows, view.shape.cols, out, dtype, ld);
+}
+
+template <class F>
+void for_row_tiles(const MatrixView& view, F&& f) {
+  parallel_for(view.shape.row_tiles(), 4, [&](int64_t begin, int64_t end, int) {
+    MatrixWalk walk(view, begin);
+    for (int64_t n = begin; n < end; ++n)
+      f(walk, n * kBlockRows, std::min(kBlockRows, view.shape.rows - n * kBlockRows));
+  });
+}
+
+// out [rows, cols] += the part's matrix.
+void add_part(const Kernels& kernels, const MatrixView& view, float* out) {
+  const int64_t cols = view.shape.cols;
+  for_row_tiles(view, [&](MatrixWalk& walk, int64_t row, int64_t num_rows) {
+    std::vector<float> tile(num_rows * cols);
+    unpack_rows(kernels, walk, view, num_rows, tile.data(), DType::fp32, cols);
+    for (int64_t i = 0; i < num_rows * cols; ++i) out[row * cols + i] += tile[i];
+  });
+}
+
+// out [rows, cols] += U V.
+void add_low_rank(const Kernels& kernels, const MatrixView& u, const MatrixView& v, float* out) {
+  const int64_t cols = v.shape.cols, rank = v.shape.rows;
+  std::vector<float> dense(rank * cols);
+  add_part(kernels, v, dense.data());
+  for_row_tiles(u, [&](MatrixWalk& walk, int64_t row, int64_t num_rows) {
+    std::vector<float> tile(num_rows * rank);
+    unpack_rows(kernels, walk, u, num_rows, tile.data(), DType::fp32, rank);
+    for (int64_t i = 0; i < num_rows; ++i)
+      for (int64_t k = 0; k < rank; ++k) {
+        const float factor = tile[i * rank + k];
+        float* to = out + (row + i) * cols;
+        for (int64_t c = 0; c < cols; ++c) to[c] += factor * dense[k * cols + c];
+      }
+  });
+}
+
+}  // namespace
+
 void unpack_matrix(const ExpertGeometry& geometry, const ExpertView& expert, int m, void* out,
                    DType out_dtype, int64_t ld) {
   const Kernels& kernels = *current_kernels().load();
   const MatrixGeometry shape = geometry.matrix(m);
-  parallel_for(shape.row_tiles(), 4, [&](int64_t begin, int64_t end, int) {
-    MatrixWalk walk(geometry, expert, m, begin);
-    for (int64_t n = begin; n < end; ++n) {
-      RunArgs args;
-      walk.take(1, nullptr, args);
-      const int64_t row = n * kBlockRows;
-      kernels.unpack_tile(args, std::min(kBlockRows, shape.rows - row), shape.cols,
-                          static_cast<uint8_t*>(out) + row * ld * dtype_bytes(out_dtype), out_dtype,
-                          ld);
-    }
+  const int64_t size = dtype_bytes(out_dtype);
+  if (expert.parts.size() == 1 && expert.low_rank.empty()) {
+    const MatrixView view = matrix_view(geometry, expert.parts[0], m);
+    for_row_tiles(view, [&](MatrixWalk& walk, int64_t row, int64_t num_rows) {
+      unpack_rows(kernels, walk, view, num_rows, static_cast<uint8_t*>(out) + row * ld * size,
+                  out_dtype, ld);
+    });
+    return;
+  }
+  // The sum is rounded once.
+  std::vector<float> sum(shape.rows * shape.cols);
+  for (const PartView& part : expert.parts)
+    add_part(kernels, matrix_view(geometry, part, m), sum.data());
+  for (const LowRankView& low_rank : expert.low_rank)
+    if (low_rank.ranks[m] > 0)
+      add_low_rank(kernels, factor_view(geometry, low_rank, m, 1),
+                   factor_view(geometry, low_rank, m, 0), sum.data());
+  parallel_for(shape.rows, 64, [&](int64_t begin, int64_t end, int) {
+    for (int64_t r = begin; r < end; ++r)
+      kernels.store(sum.data() + r * shape.cols, shape.cols,
+                    static_cast<uint8_t*>(out) + r * ld * size, out_dtype);
   });
 }
 
 void unpack_bias(const ExpertGeometry& geometry, const ExpertView& expert, int m, float* out) {
   const Kernels& kernels = *current_kernels().load();
   const MatrixGeometry shape = geometry.matrix(m);
-  for (int64_t n = 0; n < shape.row_tiles(); ++n) {
-    float bias[kBlockRows];
-    tile_bias(geometry, expert, m, n, kernels, bias);
-    const int64_t row = n * kBlockRows;
-    std::copy(bias, bias + std::min(kBlockRows, shape.rows - row), out + row);
+  std::fill(out, out + shape.rows, 0.0f);
+  for (const PartView& part : expert.parts) {
+    const MatrixView view = matrix_view(geometry, part, m);
+    for (int64_t n = 0; n < shape.row_tiles(); ++n) {
+      float bias[kBlockRows];
+      tile_bias(view, n, kernels, bias);
+      const int64_t row = n * kBlockRows;
+      for (int64_t r = row; r < std::min(row + kBlockRows, shape.rows); ++r)
+        out[r] += bias[r - row];
+    }
   }
+}
+
+void unpack_mean(const ExpertGeometry& geometry, const ExpertView& expert, float* out) {
+  std::fill(out, out + geometry.hidden, 0.0f);
+  for (const PagedBytes& mean : expert.means)
+    for (int64_t h = 0; h < geometry.hidden; ++h) {
+      float value;
+      std::memcpy(&value, mean.at(h * 4), 4);
+      out[h] += value;
+    }
 }
 
 }  // namespace comoe

@@ -1,8 +1,10 @@
-// AVX-512 with VBMI, VNNI and BF16 (Zen 4, Sapphire Rapids and later).
+// AVX-512 with VBMI, VNNI, GFNI and BF16 (Zen 4, Sapphire Rapids and later).
 #pragma GCC diagnostic ignored \
     "-Wmaybe-uninitialized"  // GCC 12's headers use undefined vectors on purpose
 #pragma GCC diagnostic ignored "-Wuninitialized"
 #include <immintrin.h>
+
+#include <type_traits>
 
 #include "generic.h"
 
@@ -38,6 +40,20 @@ inline __m512i spread_table(const uint8_t* table) {  // reads 16 bytes
   return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(entries), _mm512_load_si512(index.code));
 }
 
+// An 8x8 bit matrix for vgf2p8affineqb: bit i of the result is bit `from[i]` of the byte.
+constexpr int64_t permutation(int b0, int b1, int b2, int b3, int b4, int b5, int b6, int b7) {
+  const int from[8] = {b0, b1, b2, b3, b4, b5, b6, b7};
+  uint64_t matrix = 0;
+  for (int i = 0; i < 8; ++i) matrix |= uint64_t{1} << (8 * (7 - i) + from[i]);
+  return static_cast<int64_t>(matrix);
+}
+inline __m512i permute(__m512i v, int64_t matrix) {
+  return _mm512_gf2p8affine_epi64_epi8(v, _mm512_set1_epi64(matrix), 0);
+}
+
+// Quads 2i and 2i + 1 of a block, for i = 0..3: `Unpacker(header)`, then `Block(p)` for each block
+// and `pair<i>(block, v)`. Pair by pair, so that a pair can be multiplied while the next is
+// unpacked.
 template <Level L>
 struct Unpacker;
 
@@ -47,122 +63,125 @@ struct Unpacker<Level::bits2> {
   explicit Unpacker(const MatrixHeader& h)
       : table{spread_table<0, 1>(h.table2), spread_table<2, 3>(h.table2),
               spread_table<4, 5>(h.table2)} {}
-  inline void operator()(const uint8_t* const* p, __m512i* v) const {
-    for (int half = 0; half < 2; ++half, v += 4) {
-      const __m512i a = _mm512_loadu_si512(p[0] + 64 * half);
-      v[0] = _mm512_permutexvar_epi8(a, table[0]);
-      v[1] = _mm512_permutexvar_epi8(a, table[1]);
-      v[2] = _mm512_permutexvar_epi8(a, table[2]);
-      v[3] = _mm512_permutexvar_epi8(_mm512_srli_epi16(a, 2), table[2]);
-    }
+  struct Block {
+    __m512i a[2];
+    explicit Block(const uint8_t* const* p)
+        : a{_mm512_loadu_si512(p[0]), _mm512_loadu_si512(p[0] + 64)} {}
+  };
+  template <int i>
+  inline void pair(const Block& block, __m512i* v) const {
+    const __m512i a = block.a[i / 2];
+    v[0] = _mm512_permutexvar_epi8(a, table[i % 2 ? 2 : 0]);
+    v[1] = _mm512_permutexvar_epi8(i % 2 ? _mm512_srli_epi16(a, 2) : a, table[i % 2 ? 2 : 1]);
   }
 };
 
-// One index serves two quads: bits 0-1 and 2-3 are their 2-bit codes, bits 4 and 5 the next bits.
-inline __m512i pair_index(__m512i a, __m512i b) { return select(splat(0x30), b, a); }
-
+// One index serves two quads: the third bits of both are brought into the nibble beside their first
+// two; those of quads 2 to 5 lie in the right place already.
 template <>
 struct Unpacker<Level::bits3> {
-  __m512i even, odd;
+  __m512i table[4];
   explicit Unpacker(const MatrixHeader& h)
-      : even(spread_table<4, 0, 1>(h.table3)), odd(spread_table<5, 2, 3>(h.table3)) {}
-  inline void operator()(const uint8_t* const* p, __m512i* v) const {
-    const __m512i a0 = _mm512_loadu_si512(p[0]), a1 = _mm512_loadu_si512(p[0] + 64);
-    const __m512i b = _mm512_loadu_si512(p[1]);
-    const __m512i index[4] = {
-        pair_index(a0, _mm512_slli_epi16(b, 4)),
-        pair_index(_mm512_srli_epi16(a0, 4), _mm512_slli_epi16(b, 2)),
-        pair_index(a1, b),
-        pair_index(_mm512_srli_epi16(a1, 4), _mm512_srli_epi16(b, 2)),
-    };
-    for (int i = 0; i < 4; ++i) {
-      v[2 * i] = _mm512_permutexvar_epi8(index[i], even);
-      v[2 * i + 1] = _mm512_permutexvar_epi8(index[i], odd);
-    }
+      : table{spread_table<4, 0, 1>(h.table3), spread_table<5, 2, 3>(h.table3),
+              spread_table<0, 2, 3>(h.table3), spread_table<1, 4, 5>(h.table3)} {}
+  struct Block {
+    __m512i a[2], b;
+    explicit Block(const uint8_t* const* p)
+        : a{_mm512_loadu_si512(p[0]), _mm512_loadu_si512(p[0] + 64)}, b(_mm512_loadu_si512(p[1])) {}
+  };
+  template <int i>
+  inline void pair(const Block& block, __m512i* v) const {
+    const __m512i a = block.a[i / 2];
+    const __m512i b = i == 0   ? _mm512_slli_epi16(block.b, 4)
+                      : i == 3 ? _mm512_srli_epi16(block.b, 4)
+                               : block.b;
+    const __m512i index =
+        i % 2 ? _mm512_srli_epi16(select(splat(0x0c), b, a), 2) : select(splat(0x30), b, a);
+    v[0] = _mm512_permutexvar_epi8(index, table[i % 2 ? 2 : 0]);
+    v[1] = _mm512_permutexvar_epi8(index, table[i % 2 ? 3 : 1]);
   }
 };
 
-// As above; the fourth bit of a quad takes the place of a code bit of its neighbour: index bit 2
-// for the even quad, bit 1 for the odd one.
+// One byte holds the codes of quads 2i and 2i + 1 whole: the third and fourth bits of each are
+// brought next to each other, and into the nibble beside the first two of both quads.
 template <>
 struct Unpacker<Level::bits4> {
-  __m512i even, odd;
-  explicit Unpacker(const MatrixHeader& h)
-      : even(spread_table<2, 4, 0, 1>(h.table4)), odd(spread_table<1, 5, 2, 3>(h.table4)) {}
-  inline void operator()(const uint8_t* const* p, __m512i* v) const {
-    const __m512i a0 = _mm512_loadu_si512(p[0]), a1 = _mm512_loadu_si512(p[0] + 64);
-    const __m512i b = _mm512_loadu_si512(p[1]), c = _mm512_loadu_si512(p[2]);
-    const __m512i index[4] = {
-        pair_index(a0, _mm512_slli_epi16(b, 4)),
-        pair_index(_mm512_srli_epi16(a0, 4), _mm512_slli_epi16(b, 2)),
-        pair_index(a1, b),
-        pair_index(_mm512_srli_epi16(a1, 4), _mm512_srli_epi16(b, 2)),
-    };
-    // c moved by 2, 0, -2, -4, -6 bits: bit q of quad q = 2i lies at index bit 2 in shifted[i], and
-    // bit q of quad q = 2i + 1 at index bit 1 in shifted[i + 1].
-    const __m512i shifted[5] = {_mm512_slli_epi16(c, 2), c, _mm512_srli_epi16(c, 2),
-                                _mm512_srli_epi16(c, 4), _mm512_srli_epi16(c, 6)};
-    for (int i = 0; i < 4; ++i) {
-      v[2 * i] = _mm512_permutexvar_epi8(select(splat(0x04), shifted[i], index[i]), even);
-      v[2 * i + 1] = _mm512_permutexvar_epi8(select(splat(0x02), shifted[i + 1], index[i]), odd);
+  __m512i table[4];
+  explicit Unpacker(const uint8_t* t)
+      : table{spread_table<5, 4, 0, 1>(t), spread_table<1, 0, 4, 5>(t), spread_table<4, 5, 0, 1>(t),
+              spread_table<0, 1, 4, 5>(t)} {}
+  explicit Unpacker(const MatrixHeader& h) : Unpacker(h.table4) {}
+  struct Block {
+    __m512i a[2], bc[2];
+    explicit Block(const uint8_t* const* p)
+        : a{_mm512_loadu_si512(p[0]), _mm512_loadu_si512(p[0] + 64)} {
+      const __m512i b = permute(_mm512_loadu_si512(p[1]), permutation(2, 6, 3, 7, 0, 4, 1, 5));
+      const __m512i c = permute(_mm512_loadu_si512(p[2]), permutation(6, 2, 7, 3, 4, 0, 5, 1));
+      bc[0] = select(splat(0x55), b, c);
+      bc[1] = select(splat(0x55), c, b);
     }
+  };
+  template <int i>
+  inline void pair(const Block& block, __m512i* v) const {
+    const __m512i codes = i % 2 ? select(splat(0x0f), block.bc[i / 2], block.a[i / 2])
+                                : select(splat(0x0f), block.a[i / 2], block.bc[i / 2]);
+    v[0] = _mm512_permutexvar_epi8(codes, table[i]);
+    v[1] = _mm512_permutexvar_epi8(_mm512_srli_epi16(codes, 2), table[i]);
   }
 };
 
-// Moves the byte's bits up by `by` (down when negative); what comes in from neighbours is masked
-// later.
-template <int by>
-inline __m512i shift(__m512i v) {
-  if constexpr (by > 0) return _mm512_slli_epi16(v, by);
-  if constexpr (by < 0) return _mm512_srli_epi16(v, -by);
-  return v;
-}
-
+// The first four bits, moved up by a table, and the last four.
+alignas(16) constexpr uint8_t kHighNibble[16] = {0x00, 0x10, 0x20, 0x30, 0x40, 0x50, 0x60, 0x70,
+                                                 0x80, 0x90, 0xa0, 0xb0, 0xc0, 0xd0, 0xe0, 0xf0};
 template <>
 struct Unpacker<Level::bits8> {
-  explicit Unpacker(const MatrixHeader&) {}
-  template <int q>
-  inline __m512i quad(const uint8_t* const* p, __m512i a, __m512i b, __m512i c) const {
-    const __m512i d = _mm512_loadu_si512(p[3] + 64 * (q / 2));
-    const __m512i high = select(splat(0xc0), shift<6 - 2 * (q % 4)>(a), shift<5 - q>(b));
-    const __m512i low = select(splat(0x10), shift<4 - q>(c), shift<q % 2 ? -4 : 0>(d));
-    return select(splat(0xe0), high, low);
-  }
-  inline void operator()(const uint8_t* const* p, __m512i* v) const {
-    const __m512i a0 = _mm512_loadu_si512(p[0]), a1 = _mm512_loadu_si512(p[0] + 64);
-    const __m512i b = _mm512_loadu_si512(p[1]), c = _mm512_loadu_si512(p[2]);
-    v[0] = quad<0>(p, a0, b, c);
-    v[1] = quad<1>(p, a0, b, c);
-    v[2] = quad<2>(p, a0, b, c);
-    v[3] = quad<3>(p, a0, b, c);
-    v[4] = quad<4>(p, a1, b, c);
-    v[5] = quad<5>(p, a1, b, c);
-    v[6] = quad<6>(p, a1, b, c);
-    v[7] = quad<7>(p, a1, b, c);
+  Unpacker<Level::bits4> high;
+  explicit Unpacker(const MatrixHeader&) : high(kHighNibble) {}
+  struct Block : Unpacker<Level::bits4>::Block {
+    const uint8_t* d;
+    explicit Block(const uint8_t* const* p) : Unpacker<Level::bits4>::Block(p), d(p[3]) {}
+  };
+  template <int i>
+  inline void pair(const Block& block, __m512i* v) const {
+    high.pair<i>(block, v);
+    const __m512i d = _mm512_loadu_si512(block.d + 64 * i);
+    v[0] = select(splat(0x0f), d, v[0]);
+    v[1] = select(splat(0x0f), _mm512_srli_epi16(d, 4), v[1]);
   }
 };
 
+// Walks the blocks of a run upwards with a pointer to each plane. Recomputing the pointers from the
+// segment for each block, as BlockCursor does, takes more registers than there are.
 template <Level L>
-inline void block_pointers(BlockCursor& cursor, int64_t k, const uint8_t** p) {
-  cursor.at(k);
-  p[0] = cursor.plane(0, k, kPlaneBytes[0]);
-  if constexpr (L >= Level::bits3) p[1] = cursor.plane(1, k, kPlaneBytes[1]);
-  if constexpr (L >= Level::bits4) p[2] = cursor.plane(2, k, kPlaneBytes[2]);
-  if constexpr (L >= Level::bits8) p[3] = cursor.plane(3, k, kPlaneBytes[3]);
-}
+struct PlanePointers {
+  static constexpr int kPlanes = static_cast<int>(L) + 1;
+  const Segment* here;
+  int64_t until;  // the block at which the next segment begins
+  const uint8_t* p[kPlanes];
+  explicit PlanePointers(const RunArgs& args) : here(args.segments) { enter(0); }
+  void enter(int64_t block) {
+    until = here[1].first;
+    for (int i = 0; i < kPlanes; ++i) p[i] = here->base[i] + block * kPlaneBytes[i];
+  }
+  inline typename Unpacker<L>::Block next(int64_t block) {
+    if (block == until) {
+      ++here;
+      enter(block);
+    }
+    const typename Unpacker<L>::Block packed(p);
+    for (int i = 0; i < kPlanes; ++i) p[i] += kPlaneBytes[i];
+    return packed;
+  }
+};
 template <Level L>
 constexpr int block_lines() {
   return L == Level::bits2 ? 2 : L == Level::bits3 ? 3 : L == Level::bits4 ? 4 : 8;
 }
 
-// 2^(log2_min + log2_step * q) of 16 rows.
-inline __m512 row_scales(const MatrixHeader& header, const uint8_t* params) {
-  const __m128i q = _mm_loadu_si128(reinterpret_cast<const __m128i*>(params));
-  const __m512 e =
-      _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(q)), _mm512_set1_ps(header.log2_step),
-                      _mm512_set1_ps(header.log2_min));
-  const __m512 n = _mm512_roundscale_ps(e, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const __m512 f = _mm512_sub_ps(e, n);
+// 2^x.
+inline __m512 exp2(__m512 x) {
+  const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  const __m512 f = _mm512_sub_ps(x, n);
   __m512 p = _mm512_set1_ps(1.535336188e-4f);  // as exp2_poly
   p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.339887440e-3f));
   p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(9.618437357e-3f));
@@ -173,17 +192,37 @@ inline __m512 row_scales(const MatrixHeader& header, const uint8_t* params) {
   return _mm512_scalef_ps(p, n);
 }
 
+// 2^(log2_min + log2_step * q) of 16 rows, as one factor for q's high nibble and one for its low:
+// the multiply-add units, where the polynomial would run, are what several rows wait for.
+struct RowScales {
+  __m512 high, low;
+  explicit RowScales(const MatrixHeader& h) {
+    const __m512 i = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512 step = _mm512_set1_ps(h.log2_step);
+    low = exp2(_mm512_mul_ps(i, step));
+    high = exp2(
+        _mm512_fmadd_ps(_mm512_mul_ps(i, _mm512_set1_ps(16.0f)), step, _mm512_set1_ps(h.log2_min)));
+  }
+  inline __m512 operator()(const uint8_t* params) const {
+    const __m512i q =
+        _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(params)));
+    return _mm512_mul_ps(_mm512_permutexvar_ps(_mm512_srli_epi32(q, 4), high),
+                         _mm512_permutexvar_ps(q, low));
+  }
+};
+
 inline __m512i row_zeros(const uint8_t* params) {
   return _mm512_cvtepu8_epi32(
       _mm_loadu_si128(reinterpret_cast<const __m128i*>(params + kBlockRows)));
 }
 
-// Scales of several groups at a time, ahead of the loops over their blocks: inside, the constants
-// of the polynomial would take eight registers from the sums.
-constexpr int64_t kScaleGroups = 16;
-inline void group_scales(const MatrixHeader& header, const uint8_t* params, int64_t n,
-                         __m512* scale) {
-  for (int64_t g = 0; g < n; ++g) scale[g] = row_scales(header, params + g * kParamsBytes);
+// f(0), f(1), f(2), f(3) with the number known at compile time.
+template <class F>
+inline void for_pairs(F&& f) {
+  f(std::integral_constant<int, 0>());
+  f(std::integral_constant<int, 1>());
+  f(std::integral_constant<int, 2>());
+  f(std::integral_constant<int, 3>());
 }
 
 // ---- products ---------------------------------------------------------------------------------
@@ -194,59 +233,78 @@ inline __m512i dot4(__m512i sum, __m512i w, const int8_t* x) {
       : "v"(w), "m"(*reinterpret_cast<const int32_t*>(x)));
   return sum;
 }
+// Not _mm512_setzero_si512, which GCC keeps in a register and copies: that takes an execution unit.
+inline __m512i zero_int() {
+  __m512i z;
+  asm("vpxord %0, %0, %0" : "=v"(z));
+  return z;
+}
 inline __m512i broadcast4(const int8_t* x) {
   int32_t four;
   std::memcpy(&four, x, 4);
   return _mm512_set1_epi32(four);
 }
 
-// Levels 2, 3, 4: one int32 sum per block of 32 columns, whose activations share a scale.
+// Levels 2, 3, 4: one int32 sum per 64 columns, whose activations share a scale.
 template <Level L, int R>
 void multiply_packed(const RunArgs& args) {
   const Unpacker<L> unpack(*args.header);
-  const int64_t scale_at = args.layout.scale_offset(), sum_at = args.layout.sum_offset();
-  BlockCursor cursor(args);
+  const RowScales scales(*args.header);
+  PlanePointers<L> planes(args);
   Prefetcher prefetcher(args);
   const uint8_t* params = args.params;
+  const Int8Group* rows[R];
+  for (int r = 0; r < R; ++r) rows[r] = reinterpret_cast<const Int8Group*>(args.rows[r]);
   for (int64_t tile = 0, block = 0; tile < args.num_tiles; ++tile) {
     __m512 out[R];
     for (int r = 0; r < R; ++r) out[r] = _mm512_setzero_ps();
-    __m512 scales[kScaleGroups];
+    int64_t left = args.col_blocks;
     for (int64_t g = 0; g < args.layout.groups; ++g, params += kParamsBytes) {
-      if (g % kScaleGroups == 0) {
-        const int64_t left = args.layout.groups - g;
-        group_scales(*args.header, params, left < kScaleGroups ? left : kScaleGroups, scales);
-      }
       __m512 group[R];
       for (int r = 0; r < R; ++r) group[r] = _mm512_setzero_ps();
-      const int64_t first = g * kGroupBlocks;
-      const int64_t last =
-          first + kGroupBlocks < args.col_blocks ? first + kGroupBlocks : args.col_blocks;
-      for (int64_t k = first; k < last; ++k, ++block) {
-        const uint8_t* p[4];
-        block_pointers<L>(cursor, block, p);
-        prefetcher.step<block_lines<L>()>();
-        __m512i v[8];
-        unpack(p, v);
+      // `count` blocks, which share scale `s` of the group. At least three chains where registers
+      // allow, as one would wait for its latency; and all rows take a pair of quads as soon as it
+      // is unpacked, so that unpacking and multiplying overlap.
+      const auto add_blocks = [&](auto count, int s) __attribute__((always_inline)) {
+        constexpr int kChains = R <= 2 ? 2 : 1;
+        __m512i dot[R][kChains];
+        for (int r = 0; r < R; ++r)
+          for (int c = 0; c < kChains; ++c) dot[r][c] = zero_int();
+        for (int b = 0; b < count; ++b) {
+          prefetcher.step<block_lines<L>()>();
+          const auto packed = planes.next(block++);
+          for_pairs([&](auto i) __attribute__((always_inline)) {
+            __m512i v[2];
+            unpack.template pair<i>(packed, v);
+            for (int q = 0; q < 2; ++q)
+              for (int r = 0; r < R; ++r) {
+                const auto* x = reinterpret_cast<const int8_t*>(rows[r][g].q) + s * kScaleCols +
+                                b * kBlockCols + 8 * i + 4 * q;
+                __m512i& sum = dot[r][(2 * i + q) % kChains];
+                sum = dot4(sum, v[q], x);
+              }
+          });
+        }
         for (int r = 0; r < R; ++r) {
-          const auto* x = reinterpret_cast<const int8_t*>(args.rows[r]) + k * kBlockCols;
-          __m512i even = _mm512_setzero_si512(),
-                  odd = even;  // one chain would wait for its latency
-          for (int q = 0; q < 8; q += 2) {
-            even = dot4(even, v[q], x + 4 * q);
-            odd = dot4(odd, v[q + 1], x + 4 * q + 4);
-          }
-          const __m512i dot = _mm512_add_epi32(even, odd);
-          const float scale = reinterpret_cast<const float*>(args.rows[r] + scale_at)[k];
-          group[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot), _mm512_set1_ps(scale), group[r]);
+          if constexpr (kChains == 2) dot[r][0] = _mm512_add_epi32(dot[r][0], dot[r][1]);
+          group[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[r][0]),
+                                     _mm512_set1_ps(rows[r][g].scale[s]), group[r]);
+        }
+      };
+      if (left >= kGroupBlocks) {
+        for (int s = 0; s < kGroupScales; ++s)
+          add_blocks(std::integral_constant<int, kScaleBlocks>(), s);
+      } else {
+        for (int s = 0; s * kScaleBlocks < left; ++s) {
+          const auto n = static_cast<int>(left) - s * kScaleBlocks;
+          add_blocks(n < kScaleBlocks ? n : kScaleBlocks, s);
         }
       }
-      const __m512 scale = scales[g % kScaleGroups], zero = _mm512_cvtepi32_ps(row_zeros(params));
-      for (int r = 0; r < R; ++r) {
-        const float sum = reinterpret_cast<const float*>(args.rows[r] + sum_at)[g];
-        out[r] =
-            _mm512_fmadd_ps(scale, _mm512_fnmadd_ps(zero, _mm512_set1_ps(sum), group[r]), out[r]);
-      }
+      left -= kGroupBlocks;
+      const __m512 scale = scales(params), zero = _mm512_cvtepi32_ps(row_zeros(params));
+      for (int r = 0; r < R; ++r)
+        out[r] = _mm512_fmadd_ps(
+            scale, _mm512_fnmadd_ps(zero, _mm512_set1_ps(rows[r][g].sum), group[r]), out[r]);
     }
     for (int r = 0; r < R; ++r) _mm512_storeu_ps(args.out[r] + tile * kBlockRows, out[r]);
   }
@@ -257,50 +315,45 @@ template <int R>
 void multiply_bits8(const RunArgs& args) {
   constexpr Level L = Level::bits8;
   const Unpacker<L> unpack(*args.header);
-  const int64_t scale_at = args.layout.scale_offset(), sum_at = args.layout.sum_offset();
-  const int64_t low_at = args.layout.padded();
-  BlockCursor cursor(args);
+  const RowScales scales(*args.header);
+  PlanePointers<L> planes(args);
   Prefetcher prefetcher(args);
   const uint8_t* params = args.params;
+  const Int16Group* rows[R];
+  for (int r = 0; r < R; ++r) rows[r] = reinterpret_cast<const Int16Group*>(args.rows[r]);
   for (int64_t tile = 0, block = 0; tile < args.num_tiles; ++tile) {
     __m512 out[R];
     for (int r = 0; r < R; ++r) out[r] = _mm512_setzero_ps();
-    __m512 scales[kScaleGroups];
+    int64_t left = args.col_blocks;
     for (int64_t g = 0; g < args.layout.groups; ++g, params += kParamsBytes) {
-      if (g % kScaleGroups == 0) {
-        const int64_t left = args.layout.groups - g;
-        group_scales(*args.header, params, left < kScaleGroups ? left : kScaleGroups, scales);
-      }
       __m512i high[R], low[R];
-      for (int r = 0; r < R; ++r) high[r] = low[r] = _mm512_setzero_si512();
-      const int64_t first = g * kGroupBlocks;
-      const int64_t last =
-          first + kGroupBlocks < args.col_blocks ? first + kGroupBlocks : args.col_blocks;
-      for (int64_t k = first; k < last; ++k, ++block) {
-        const uint8_t* p[4];
-        block_pointers<L>(cursor, block, p);
+      for (int r = 0; r < R; ++r) high[r] = zero_int(), low[r] = zero_int();
+      const int count = static_cast<int>(left < kGroupBlocks ? left : kGroupBlocks);
+      left -= count;
+      for (int b = 0; b < count; ++b) {
         prefetcher.step<block_lines<L>()>();
-        __m512i v[8];
-        unpack(p, v);
-        for (int r = 0; r < R; ++r) {
-          const auto* x = reinterpret_cast<const int8_t*>(args.rows[r]) + k * kBlockCols;
-          for (int q = 0; q < 8; ++q) {
-            high[r] = dot4(high[r], v[q], x + 4 * q);
-            low[r] = dot4(low[r], v[q], x + low_at + 4 * q);
-          }
-        }
+        const auto packed = planes.next(block++);
+        for_pairs([&](auto i) __attribute__((always_inline)) {
+          __m512i v[2];
+          unpack.template pair<i>(packed, v);
+          for (int q = 0; q < 2; ++q)
+            for (int r = 0; r < R; ++r) {
+              const auto* x = reinterpret_cast<const int8_t*>(rows[r][g].q) + b * 2 * kBlockCols +
+                              8 * i + 4 * q;
+              high[r] = dot4(high[r], v[q], x);
+              low[r] = dot4(low[r], v[q], x + kBlockCols);
+            }
+        });
       }
-      const __m512 scale = scales[g % kScaleGroups];
+      const __m512 scale = scales(params);
       const __m512i zero = row_zeros(params);
       for (int r = 0; r < R; ++r) {
-        const float x_scale = reinterpret_cast<const float*>(args.rows[r] + scale_at)[g];
-        const int32_t sum = reinterpret_cast<const int32_t*>(args.rows[r] + sum_at)[g];
         // Within int32: see multiply_int16.
         const __m512i dot =
             _mm512_sub_epi32(_mm512_add_epi32(_mm512_slli_epi32(high[r], 8), low[r]),
-                             _mm512_mullo_epi32(zero, _mm512_set1_epi32(sum)));
-        const __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(x_scale));
-        out[r] = _mm512_fmadd_ps(both, _mm512_cvtepi32_ps(dot), out[r]);
+                             _mm512_mullo_epi32(zero, _mm512_set1_epi32(rows[r][g].sum)));
+        out[r] = _mm512_fmadd_ps(_mm512_mul_ps(scale, _mm512_set1_ps(rows[r][g].scale)),
+                                 _mm512_cvtepi32_ps(dot), out[r]);
       }
     }
     for (int r = 0; r < R; ++r) _mm512_storeu_ps(args.out[r] + tile * kBlockRows, out[r]);
@@ -312,18 +365,74 @@ void multiply_bits8(const RunArgs& args) {
 // 82% both ways).
 constexpr int kHardwareRows = 2;
 
+// ---- codes ------------------------------------------------------------------------------------
+
+// decode_block to bf16; what could meet numbers under 2^-126 or over 2^127 is left to it.
+inline void decode_fp8(const uint8_t* block, float scale, uint8_t* out) {
+  // The code's bits are those of an fp16 number that is 2^8 times too small.
+  const __m512 scales = _mm512_set1_ps(scale * 256.0f);
+  for (int p = 0; p < kBlockCols / 2; ++p) {
+    const __m256i codes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(block + 32 * p));
+    const __m512i halves = _mm512_and_si512(_mm512_slli_epi16(_mm512_cvtepi8_epi16(codes), 7),
+                                            _mm512_set1_epi16(static_cast<int16_t>(0xbf80)));
+    const __m512 low = _mm512_cvtph_ps(_mm512_castsi512_si256(halves));
+    const __m512 high = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(halves, 1));
+    const __m512bh both =
+        _mm512_cvtne2ps_pbh(_mm512_mul_ps(high, scales), _mm512_mul_ps(low, scales));
+    _mm512_store_si512(out + 64 * p, (__m512i)both);
+  }
+}
+
+inline void decode_mxfp4(const uint8_t* block, __m128i scales, uint8_t* out) {
+  // bf16 of 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives, twice: vpermw looks at five bits, of
+  // which the fifth belongs to the next code.
+  const __m512i table = _mm512_broadcast_i64x4(_mm256_setr_epi16(
+      0x0000, 0x3f00, 0x3f80, 0x3fc0, 0x4000, 0x4040, 0x4080, 0x40c0, static_cast<int16_t>(0x8000),
+      static_cast<int16_t>(0xbf00), static_cast<int16_t>(0xbf80), static_cast<int16_t>(0xbfc0),
+      static_cast<int16_t>(0xc000), static_cast<int16_t>(0xc040), static_cast<int16_t>(0xc080),
+      static_cast<int16_t>(0xc0c0)));
+  // A power of two is added to the exponent, of numbers that are not 0.
+  const __m512i wide = _mm512_cvtepu8_epi32(scales);
+  const __m512i pairs = _mm512_or_si512(wide, _mm512_slli_epi32(wide, 16));
+  const __m512i exponents = _mm512_slli_epi16(_mm512_sub_epi16(pairs, _mm512_set1_epi16(127)), 7);
+  for (int v = 0; v < 4; ++v) {
+    __m512i codes = _mm512_loadu_si512(block + 64 * v);
+    for (int j = 0; j < 4; ++j, codes = _mm512_srli_epi16(codes, 4)) {
+      const __m512i w = _mm512_permutexvar_epi16(codes, table);
+      const __mmask32 some = _mm512_test_epi16_mask(w, _mm512_set1_epi16(0x7fff));
+      _mm512_store_si512(out + 64 * (4 * v + j), _mm512_mask_add_epi16(w, some, w, exponents));
+    }
+  }
+}
+
+inline void decode_block_vnni(ExactType type, const uint8_t* block, const uint8_t* scales, DType to,
+                              uint8_t* out) {
+  if (to == DType::bf16 && type == ExactType::fp8) {
+    float scale;
+    std::memcpy(&scale, scales, 4);
+    const float size = scale < 0 ? -scale : scale;
+    if (size == 0 || (size > 0x1p-100f && size < 0x1p100f)) return decode_fp8(block, scale, out);
+  }
+  if (to == DType::bf16 && type == ExactType::mxfp4) {
+    const __m128i rows = _mm_loadu_si128(reinterpret_cast<const __m128i*>(scales));
+    const __m128i offset = _mm_sub_epi8(rows, _mm_set1_epi8(2));  // 2..252 keep all values normal
+    if (_mm_cmple_epu8_mask(offset, _mm_set1_epi8(static_cast<char>(250))) == 0xffff)
+      return decode_mxfp4(block, rows, out);
+  }
+  decode_block(type, block, scales, to, out);
+}
+
 // Exact bf16 times bf16: 16 rows x 2 columns an instruction. Two sums, as one would wait for its
 // latency.
-template <int R>
+template <class Blocks, int R>
 void multiply_bf16(const RunArgs& args) {
-  BlockCursor cursor(args);
+  Blocks blocks(args);
   Prefetcher prefetcher(args);
   for (int64_t tile = 0, index = 0; tile < args.num_tiles; ++tile) {
     __m512 even[R], odd[R];
     for (int r = 0; r < R; ++r) even[r] = odd[r] = _mm512_setzero_ps();
     for (int64_t k = 0; k < args.col_blocks; ++k, ++index) {
-      cursor.at(index);
-      const uint8_t* block = cursor.plane(0, index, 1024);
+      const uint8_t* block = blocks.at(index);
       for (int p = 0; p < 16; p += 2) {
         if constexpr (R > kHardwareRows) prefetcher.step<2>();
         const auto w0 = (__m512bh)_mm512_loadu_si512(block + 64 * p);
@@ -342,17 +451,15 @@ void multiply_bf16(const RunArgs& args) {
 }
 
 // Exact weights of any type in fp32. Pair p of a block: columns 2p (even sum) and 2p + 1 (odd sum).
-template <DType D, int R>
+template <DType D, class Blocks, int R>
 void multiply_exact(const RunArgs& args) {
-  constexpr int kPairBytes = D == DType::fp32 ? 128 : 64;
-  BlockCursor cursor(args);
+  Blocks blocks(args);
   Prefetcher prefetcher(args);
   for (int64_t tile = 0, index = 0; tile < args.num_tiles; ++tile) {
     __m512 even[R], odd[R];
     for (int r = 0; r < R; ++r) even[r] = odd[r] = _mm512_setzero_ps();
     for (int64_t k = 0; k < args.col_blocks; ++k, ++index) {
-      cursor.at(index);
-      const uint8_t* block = cursor.plane(0, index, 16 * kPairBytes);
+      const uint8_t* block = blocks.at(index);
       for (int p = 0; p < 16; ++p) {
         if constexpr (R > kHardwareRows) prefetcher.step<D == DType::fp32 ? 2 : 1>();
         __m512 w0, w1;
@@ -381,6 +488,14 @@ void multiply_exact(const RunArgs& args) {
   }
 }
 
+using CodedBlocks = ExactBlocks<decode_block_vnni>;
+
+template <DType D, int R>
+void multiply_values(const RunArgs& args) {
+  if (is_coded(args.exact_dtype)) return multiply_exact<D, CodedBlocks, R>(args);
+  multiply_exact<D, PlainBlocks<D>, R>(args);
+}
+
 template <int R>
 void multiply_rows(const RunArgs& args) {
   switch (args.level) {
@@ -395,14 +510,16 @@ void multiply_rows(const RunArgs& args) {
     case Level::exact:
       break;
   }
-  if (args.layout.form == Form::bf16) return multiply_bf16<R>(args);
-  switch (args.exact_dtype) {
+  if (args.layout.form == Form::bf16)
+    return is_coded(args.exact_dtype) ? multiply_bf16<CodedBlocks, R>(args)
+                                      : multiply_bf16<PlainBlocks<DType::bf16>, R>(args);
+  switch (args.value_dtype) {
     case DType::fp32:
-      return multiply_exact<DType::fp32, R>(args);
+      return multiply_values<DType::fp32, R>(args);
     case DType::bf16:
-      return multiply_exact<DType::bf16, R>(args);
+      return multiply_values<DType::bf16, R>(args);
     case DType::fp16:
-      return multiply_exact<DType::fp16, R>(args);
+      return multiply_values<DType::fp16, R>(args);
   }
 }
 
@@ -430,10 +547,13 @@ void multiply_vnni(const RunArgs& args) {
 
 template <Level L>
 void store_values(const RunArgs& args, const uint8_t* const* p, uint8_t value[8][64]) {
-  __m512i v[8];
-  Unpacker<L> unpack(*args.header);
-  unpack(p, v);
-  for (int q = 0; q < 8; ++q) _mm512_store_si512(value[q], v[q]);
+  const Unpacker<L> unpack(*args.header);
+  const typename Unpacker<L>::Block packed(p);
+  for_pairs([&](auto i) {
+    __m512i v[2];
+    unpack.template pair<i>(packed, v);
+    for (int q = 0; q < 2; ++q) _mm512_store_si512(value[2 * i + q], v[q]);
+  });
 }
 
 void unpack_tile_vnni(const RunArgs& args, int64_t num_rows, int64_t cols, void* out,
@@ -448,7 +568,8 @@ void unpack_tile_vnni(const RunArgs& args, int64_t num_rows, int64_t cols, void*
     case Level::bits8:
       return unpack_tile_with(args, num_rows, cols, out, out_dtype, ld, store_values<Level::bits8>);
     case Level::exact:
-      return unpack_tile(args, num_rows, cols, out, out_dtype, ld);
+      return unpack_tile_with<decode_block_vnni>(args, num_rows, cols, out, out_dtype, ld,
+                                                 store_values<Level::bits2>);
   }
 }
 

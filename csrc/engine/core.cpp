@@ -21,7 +21,7 @@ Core::Core(CoreConfig config, Backend* backend)
       pool_(config_.pages_per_slab, backend->max_slabs()) {
   uint32_t all = 0;
   for (uint32_t mask : config_.level_masks) all |= mask;
-  while (all >> records_per_expert_) ++records_per_expert_;
+  while (uint64_t{all} >> records_per_expert_) ++records_per_expert_;
 }
 
 int32_t Core::add_records(const RecordInfo* infos, int64_t count) {
@@ -35,15 +35,41 @@ int32_t Core::add_records(const RecordInfo* infos, int64_t count) {
     records_.push_back(std::move(r));
   }
   queue_.resize(num_records());
-  for (int64_t i = 0; i + records_per_expert_ <= count; i += records_per_expert_)
-    expert_firsts_.push_back(first + static_cast<int32_t>(i));
+  return first;
+}
+
+int32_t Core::add_experts(const int32_t* table, int64_t count) {
+  const int32_t first = num_experts();
+  const int num_levels = static_cast<int>(config_.level_masks.size());
+  for (int64_t e = 0; e < count; ++e) {
+    uint32_t has = 0, levels = 0;
+    for (int r = 0; r < records_per_expert_; ++r) {
+      const int32_t record = table[e * records_per_expert_ + r];
+      if (record < -1 || record >= num_records())
+        throw std::invalid_argument("add_experts: record " + std::to_string(r) + " of expert " +
+                                    std::to_string(e) + ": expected -1 or a record in [0, " +
+                                    std::to_string(num_records()) + "), got " +
+                                    std::to_string(record));
+      if (record >= 0) has |= uint32_t{1} << r;
+    }
+    for (int l = 0; l < num_levels; ++l)
+      if ((config_.level_masks[l] & ~has) == 0) levels |= uint32_t{1} << l;
+    expert_levels_.push_back(levels);
+  }
+  expert_records_.insert(expert_records_.end(), table, table + count * records_per_expert_);
   return first;
 }
 
 template <class F>
-void Core::for_records(int32_t first_record, uint32_t mask, F&& f) {
-  for (int r = 0; mask >> r; ++r)
-    if (mask >> r & 1) f(first_record + r);
+void Core::for_records(int32_t expert, uint32_t mask, F&& f) const {
+  for (; mask; mask &= mask - 1) f(record_of(expert, __builtin_ctz(mask)));
+}
+
+// The least level that the need may start at and the expert has; -1 if there is none.
+int Core::lowest_level(const Need& need) const {
+  for (int l = need.min_level; l <= need.want_level; ++l)
+    if (has_level(need.expert, l)) return l;
+  return -1;
 }
 
 Core::Coldness Core::coldness(int32_t record) const {
@@ -59,18 +85,24 @@ bool Core::is_protected(const Record& record) const {
   return record.speculative && record.recency() >= clock_;
 }
 
-int64_t Core::need_pages(int32_t first_record, uint32_t mask) const {
+int64_t Core::need_pages(int32_t expert, uint32_t mask) const {
   int64_t pages = 0;
-  for (int r = 0; mask >> r; ++r)
-    if (mask >> r & 1) pages += records_[first_record + r].num_pages;
+  for_records(expert, mask, [&](int32_t r) { pages += records_[r].num_pages; });
   return pages;
 }
 
+// Of all levels up to max_level; where an expert has none of these, of its lowest.
 int64_t Core::largest_need_pages(int max_level) const {
+  const int num_levels = static_cast<int>(config_.level_masks.size());
   int64_t largest = 0;
-  for (int32_t first : expert_firsts_)
-    for (int l = 0; l <= max_level; ++l)
-      largest = std::max(largest, need_pages(first, config_.level_masks[l]));
+  for (int32_t e = 0; e < num_experts(); ++e) {
+    bool any = false;
+    for (int l = 0; l < num_levels && (l <= max_level || !any); ++l) {
+      if (!has_level(e, l)) continue;
+      any = true;
+      largest = std::max(largest, need_pages(e, config_.level_masks[l]));
+    }
+  }
   return largest;
 }
 
@@ -92,12 +124,17 @@ int32_t Core::open_session(const Need* needs, int64_t count) {
           "session: need " + std::to_string(i) + ": expected min_level <= want_level < " +
           std::to_string(num_levels) + ", got min_level " + std::to_string(n.min_level) +
           ", want_level " + std::to_string(n.want_level));
-    if (n.first_record < 0 || n.first_record + records_per_expert_ > num_records())
+    if (n.expert < 0 || n.expert >= num_experts())
       throw std::invalid_argument("session: need " + std::to_string(i) +
-                                  ": expected first_record in [0, " +
-                                  std::to_string(num_records() - records_per_expert_) + "], got " +
-                                  std::to_string(n.first_record));
-    reserve = std::max(reserve, need_pages(n.first_record, config_.level_masks[n.min_level]));
+                                  ": expected an expert in [0, " + std::to_string(num_experts()) +
+                                  "), got " + std::to_string(n.expert));
+    const int lowest = lowest_level(n);
+    if (lowest < 0)
+      throw std::invalid_argument("session: need " + std::to_string(i) + ": expert " +
+                                  std::to_string(n.expert) + " has no level from " +
+                                  std::to_string(n.min_level) + " to " +
+                                  std::to_string(n.want_level) + "; plan a level that it has");
+    reserve = std::max(reserve, need_pages(n.expert, config_.level_masks[lowest]));
   }
   demand_reserve_pages_ = reserve;
 
@@ -118,12 +155,11 @@ int32_t Core::open_session(const Need* needs, int64_t count) {
     }
     session.waiting.push_back(i);
     bool all_on_their_way = true;
-    for_records(needs[i].first_record, config_.level_masks[level_to_load(needs[i])],
-                [&](int32_t r) {
-                  if (records_[r].state == RecordState::absent) all_on_their_way = false;
-                  records_[r].last_use =
-                      session.tick;  // the halves that are here should not be evicted for others
-                });
+    for_records(needs[i].expert, config_.level_masks[level_to_load(needs[i])], [&](int32_t r) {
+      if (records_[r].state == RecordState::absent) all_on_their_way = false;
+      records_[r].last_use =
+          session.tick;  // the halves that are here should not be evicted for others
+    });
     ++(all_on_their_way ? stats_.joined : stats_.misses);
   }
   settle();
@@ -181,11 +217,11 @@ void Core::close_session(int32_t id) {
 
 int Core::best_resident_level(const Need& need) const {
   for (int l = need.want_level; l >= need.min_level; --l) {
-    const uint32_t mask = config_.level_masks[l];
+    if (!has_level(need.expert, l)) continue;
     bool resident = true;
-    for (int r = 0; mask >> r; ++r)
-      if ((mask >> r & 1) && records_[need.first_record + r].state != RecordState::resident)
-        resident = false;
+    for_records(need.expert, config_.level_masks[l], [&](int32_t r) {
+      if (records_[r].state != RecordState::resident) resident = false;
+    });
     if (resident) return l;
   }
   return -1;
@@ -193,18 +229,20 @@ int Core::best_resident_level(const Need& need) const {
 
 // The level that needs least: fewest pages to read, then fewest to wait for.
 int Core::level_to_load(const Need& need) const {
-  int best = need.min_level;
+  const int lowest = lowest_level(need);
+  int best = lowest;
   std::pair<int64_t, int64_t> least{std::numeric_limits<int64_t>::max(), 0};
-  for (int l = need.min_level; l <= need.want_level; ++l) {
+  for (int l = lowest; l <= need.want_level; ++l) {
     const uint32_t mask = config_.level_masks[l];
-    if (l > need.min_level && need_pages(need.first_record, mask) > capacity_pages()) continue;
+    if (!has_level(need.expert, l) ||
+        (l > lowest && need_pages(need.expert, mask) > capacity_pages()))
+      continue;
     std::pair<int64_t, int64_t> cost{0, 0};
-    for (int r = 0; mask >> r; ++r) {
-      if (!(mask >> r & 1)) continue;
-      const Record& record = records_[need.first_record + r];
+    for_records(need.expert, mask, [&](int32_t r) {
+      const Record& record = records_[r];
       if (record.state == RecordState::absent) cost.first += record.num_pages;
       if (record.state == RecordState::loading) cost.second += record.num_pages;
-    }
+    });
     if (cost < least) {
       least = cost;
       best = l;
@@ -217,7 +255,7 @@ void Core::pin_level(int32_t id, int32_t need, int level) {
   SessionEntry& session = sessions_.at(id);
   NeedEntry& n = session.needs[need];
   n.level = static_cast<uint8_t>(level);
-  for_records(n.need.first_record, mask_of(n), [&](int32_t r) {
+  for_records(n.need.expert, mask_of(n), [&](int32_t r) {
     ++records_[r].pins;
     used(r, session.tick);
   });
@@ -225,7 +263,7 @@ void Core::pin_level(int32_t id, int32_t need, int level) {
 
 void Core::unpin_level(int32_t id, int32_t need) {
   const NeedEntry& n = sessions_.at(id).needs[need];
-  for_records(n.need.first_record, mask_of(n), [&](int32_t r) {
+  for_records(n.need.expert, mask_of(n), [&](int32_t r) {
     Record& record = records_[r];
     --record.pins;
     const auto it = std::find(record.waiters.begin(), record.waiters.end(), Waiter{id, need});
@@ -293,11 +331,11 @@ Core::Admission Core::try_admit(int32_t id, int32_t need) {
   const int level = level_to_load(n.need);
   const uint32_t mask = config_.level_masks[level];
   int64_t missing = 0, pinned_by_user = 0;
-  for_records(n.need.first_record, mask, [&](int32_t r) {
+  for_records(n.need.expert, mask, [&](int32_t r) {
     if (records_[r].state == RecordState::absent) missing += records_[r].num_pages;
     if (records_[r].user_pinned) pinned_by_user += records_[r].num_pages;
   });
-  const int64_t whole = need_pages(n.need.first_record, mask);
+  const int64_t whole = need_pages(n.need.expert, mask);
   const int64_t reachable = capacity_pages() - (user_pinned_pages_ - pinned_by_user);
   if (whole > reachable) {
     std::string error = "session: need " + std::to_string(need) + " takes " +
@@ -324,7 +362,7 @@ Core::Admission Core::try_admit(int32_t id, int32_t need) {
     n.counted_wave = true;
     return Admission::blocked;
   }
-  for_records(n.need.first_record, mask, [&](int32_t r) {
+  for_records(n.need.expert, mask, [&](int32_t r) {
     Record& record = records_[r];
     if (record.state == RecordState::resident) return;
     if (record.state == RecordState::absent) {
@@ -783,11 +821,9 @@ void Core::check_invariants() const {
       if (n.state == NeedState::waiting || n.state == NeedState::released) continue;
       num_loading += n.state == NeedState::loading;
       num_handed += n.state == NeedState::handed;
-      const uint32_t mask = mask_of(n);
       int32_t missing = 0;
-      for (int r = 0; mask >> r; ++r) {
-        if (!(mask >> r & 1)) continue;
-        const int32_t id_of = n.need.first_record + r;
+      require(has_level(n.need.expert, n.level), "a need is at a level that its expert has");
+      for_records(n.need.expert, mask_of(n), [&](int32_t id_of) {
         ++pins[id_of];
         const Record& record = records_[id_of];
         require(record.state != RecordState::absent, "what a need relies on is here or on its way");
@@ -798,7 +834,7 @@ void Core::check_invariants() const {
           require(std::count(record.waiters.begin(), record.waiters.end(), Waiter{id, i}) == 1,
                   "a need waits for each of its records once");
         }
-      }
+      });
       require(n.state != NeedState::loading || (missing == n.missing && missing > 0),
               "missing records are counted right");
     }

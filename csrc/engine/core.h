@@ -25,7 +25,7 @@ struct BudgetError : std::invalid_argument {
 struct CoreConfig {
   int64_t page_bytes = 0;
   int pages_per_slab = 0;
-  std::vector<uint32_t> level_masks;  // bit r of level_masks[l]: level l requires record r
+  std::vector<uint32_t> level_masks;  // [<= 32] bit r of level_masks[l]: level l requires record r
   int64_t slack_pages = 0;  // kept free by speculation, so that demand need not wait for reclaim
   int64_t speculation_pages = 0;  // most pages that running prefetches and upgrades hold together
 };
@@ -58,6 +58,9 @@ class Core {
   void set_backend(Backend* backend) { backend_ = backend; }  // of a copy
 
   int32_t add_records(const RecordInfo* infos, int64_t count);  // first id
+  // table: [count, records_per_expert()] ids, -1 where an expert has no such record. A record may
+  // be in several rows (a shared base): it is held once. Returns the first expert.
+  int32_t add_experts(const int32_t* table, int64_t count);
 
   // Sessions. Ids grow, and the oldest session is served first.
   int32_t open_session(const Need* needs, int64_t count);
@@ -85,7 +88,7 @@ class Core {
   // Memory.
   void set_target_slabs(int slabs);
   bool target_reached() const { return pool_.mapped_slabs() <= target_slabs_; }
-  int64_t need_pages(int32_t first_record, uint32_t mask) const;
+  int64_t need_pages(int32_t expert, uint32_t mask) const;
   int64_t largest_need_pages(int max_level) const;
   int64_t demand_reserve_pages() const { return demand_reserve_pages_; }
   int64_t user_pinned_pages() const { return user_pinned_pages_; }
@@ -97,6 +100,11 @@ class Core {
   // What is.
   int32_t num_records() const { return static_cast<int32_t>(records_.size()); }
   int records_per_expert() const { return records_per_expert_; }
+  int32_t num_experts() const { return static_cast<int32_t>(expert_levels_.size()); }
+  int32_t record_of(int32_t expert, int r) const {
+    return expert_records_[static_cast<size_t>(expert) * records_per_expert_ + r];
+  }
+  bool has_level(int32_t expert, int level) const { return expert_levels_[expert] >> level & 1; }
   const RecordInfo& info(int32_t record) const { return records_[record].info; }
   RecordState state(int32_t record) const { return records_[record].state; }
   bool is_user_pinned(int32_t record) const { return records_[record].user_pinned; }
@@ -177,7 +185,8 @@ class Core {
 
   uint32_t mask_of(const NeedEntry& n) const { return config_.level_masks[n.level]; }
   template <class F>
-  void for_records(int32_t first_record, uint32_t mask, F&& f);
+  void for_records(int32_t expert, uint32_t mask, F&& f) const;
+  int lowest_level(const Need& need) const;
   Coldness coldness(int32_t record) const;
   int64_t capacity_pages() const;
   bool is_protected(const Record& record) const;
@@ -224,7 +233,8 @@ class Core {
   std::vector<Coldness> heap_;
   uint64_t heap_entries_ = 0;  // numbers given out
   std::vector<Reclaim> reclaiming_;
-  std::vector<int32_t> expert_firsts_;  // first record of each expert
+  std::vector<int32_t> expert_records_;  // [experts, records_per_expert_] ids, or -1
+  std::vector<uint32_t> expert_levels_;  // [experts] bit l: all records of level l are there
   int target_slabs_ = 0;
   int32_t next_session_ = 0;
   uint64_t clock_ = 0;  // sessions opened; `last_use` is in its unit

@@ -213,10 +213,6 @@ int32_t Engine::add_records(const RecordInfo* infos, int64_t count) {
   std::lock_guard<std::mutex> lock(state_->mutex);
   EngineState& s = *state_;
   s.require_open();
-  const int per_expert = s.core.records_per_expert();
-  require(count % per_expert == 0,
-          "add_records: expected a multiple of " + std::to_string(per_expert) +
-              " records (all of each expert, see level_masks), got " + std::to_string(count));
   require(s.core.num_records() + count < (int64_t{1} << 31), "add_records: more than 2^31 records");
   for (int64_t i = 0; i < count; ++i) {
     const RecordInfo& info = infos[i];
@@ -239,6 +235,31 @@ int32_t Engine::add_records(const RecordInfo* infos, int64_t count) {
                 " bytes); the file is truncated or belongs to another store: pack it again");
   }
   return s.core.add_records(infos, count);
+}
+
+int32_t Engine::add_experts(const int32_t* table, int64_t count) {
+  std::lock_guard<std::mutex> lock(state_->mutex);
+  state_->require_open();
+  return state_->core.add_experts(table, count);
+}
+
+int Engine::records_per_expert() const { return state_->core.records_per_expert(); }
+
+std::vector<int32_t> Engine::expert_records(int32_t expert) const {
+  std::lock_guard<std::mutex> lock(state_->mutex);
+  const Core& core = state_->core;
+  require(expert >= 0 && expert < core.num_experts(), "expert_records: expected an expert in [0, " +
+                                                          std::to_string(core.num_experts()) +
+                                                          "), got " + std::to_string(expert));
+  std::vector<int32_t> records;
+  for (int r = 0; r < core.records_per_expert(); ++r) records.push_back(core.record_of(expert, r));
+  return records;
+}
+
+int64_t Engine::record_bytes(int32_t record) const {
+  std::lock_guard<std::mutex> lock(state_->mutex);
+  state_->check_ids("record_bytes", &record, 1);
+  return state_->core.info(record).bytes;
 }
 
 std::unique_ptr<Session> Engine::open_session(const Need* needs, int64_t count) {

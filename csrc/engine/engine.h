@@ -84,6 +84,12 @@ class Engine {
 
   int32_t add_file(const std::string& path);
   int32_t add_records(const RecordInfo* infos, int64_t count);  // first id
+  // See Core::add_experts.
+  int32_t add_experts(const int32_t* table, int64_t count);
+  int records_per_expert() const;
+  // Ids of an expert's records, -1 where it has none.
+  std::vector<int32_t> expert_records(int32_t expert) const;
+  int64_t record_bytes(int32_t record) const;  // payload
 
   std::unique_ptr<Session> open_session(const Need* needs, int64_t count);
   // Pages of a record that a session has pinned, valid until it is done with it. Null if it has

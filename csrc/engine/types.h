@@ -15,10 +15,10 @@ struct RecordInfo {
   uint32_t crc32c;  // of the payload
 };
 
-// A need: one expert, whose records are first_record + r. level_masks[l] (set once per engine) says
-// which r level l requires.
+// A need: one expert, a row of the table [experts, records per expert] of record ids (-1: it has no
+// such record). level_masks[l] (set once per engine) says which columns level l requires.
 struct Need {
-  int32_t first_record;
+  int32_t expert;
   uint8_t min_level;   // compute may start at this level ...
   uint8_t want_level;  // ... and uses the highest complete level up to this one
 };

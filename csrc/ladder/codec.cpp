@@ -1,6 +1,7 @@
 #include "codec.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <stdexcept>
@@ -8,6 +9,7 @@
 #include <vector>
 
 #include "../cpu/parallel.h"
+#include "minifloat.h"
 
 namespace comoe {
 namespace {
@@ -88,12 +90,25 @@ Load load_of(DType dtype) {
   return dtype == DType::fp32 ? load_fp32 : dtype == DType::bf16 ? load_bf16 : load_fp16;
 }
 
+// Values of all e4m3 codes, NaN included, and of all e2m1 codes.
+struct CodeValues {
+  float e4m3[256], e2m1[16];
+  CodeValues() {
+    for (uint32_t c = 0; c < 256; ++c) e4m3[c] = (c & 0x7f) == 0x7f ? NAN : e4m3_to_float(c);
+    for (uint32_t c = 0; c < 16; ++c) e2m1[c] = e2m1_to_float(c);
+  }
+};
+const CodeValues& code_values() {
+  static const CodeValues values;
+  return values;
+}
+
 // A matrix on its way: where it comes from, and what is known of it.
 struct Matrix {
+  ExactType type;
   const uint8_t* source;
+  const uint8_t* code_scales;  // see ExpertSource
   MatrixGeometry shape;
-  int64_t element_bytes;
-  Load load;
   std::vector<float> low, high;   // [row_tiles * 16, groups] range of each group, including zero
   std::vector<uint8_t> outliers;  // [row_tiles * 16, groups] 1: see kOutlierRange
   std::vector<double>
@@ -108,15 +123,37 @@ struct Matrix {
   int64_t group_cols(int64_t group) const {
     return std::min(kGroupCols, shape.cols - group * kGroupCols);
   }
-  const uint8_t* at(int64_t row, int64_t col) const {
-    return source + (row * shape.cols + col) * element_bytes;
+  const uint8_t* at(int64_t row, int64_t col) const {  // mxfp4: col is even
+    return source + (row * shape.cols + col) * exact_bits(type) / 8;
+  }
+  const uint8_t* scale_at(int64_t row, int64_t col) const {
+    return type == ExactType::fp8
+               ? code_scales + (row / kBlockRows * shape.groups() + col / kGroupCols) * 4
+               : code_scales + row * shape.col_blocks() + col / kBlockCols;
+  }
+
+  // Weights [row, first column of the group...] as fp32; NaN or infinite where the source is.
+  void load_row(int64_t row, int64_t group, float* out) const {
+    const int64_t first = group * kGroupCols, cols = group_cols(group);
+    const uint8_t* from = at(row, first);
+    if (!is_coded(type)) return load_of(static_cast<DType>(type))(from, cols, out);
+    const CodeValues& values = code_values();
+    if (type == ExactType::fp8) {
+      float scale;
+      std::memcpy(&scale, scale_at(row, first), 4);
+      for (int64_t c = 0; c < cols; ++c) out[c] = values.e4m3[from[c]] * scale;
+    } else {
+      for (int64_t c = 0; c < cols; ++c) {
+        const float scale = e8m0_to_float(*scale_at(row, first + c));
+        out[c] = values.e2m1[from[c / 2] >> 4 * (c % 2) & 15] * scale;
+      }
+    }
   }
 
   void load_tile(int64_t tile, int64_t group, Tile& out) const {
     const int64_t rows = tile_rows(tile), cols = group_cols(group);
     if (rows < kBlockRows || cols < kGroupCols) std::memset(&out, 0, sizeof(out));
-    for (int64_t r = 0; r < rows; ++r)
-      load(at(tile * kBlockRows + r, group * kGroupCols), cols, out.w[r]);
+    for (int64_t r = 0; r < rows; ++r) load_row(tile * kBlockRows + r, group, out.w[r]);
   }
 };
 
@@ -165,6 +202,7 @@ void choose_scales(Matrix& m) {
     }
   }
   most = std::max(most, kMinLog2Scale);
+  least = std::min(least, most);  // of a matrix without weights
   least = std::max({least, most - kMaxLog2Span, kMinLog2Scale});
   m.header.log2_min = static_cast<float>(least);
   m.header.log2_step = static_cast<float>((most - least) / 255);
@@ -303,32 +341,69 @@ void write_planes(const uint8_t* codes, int64_t stride, uint8_t* p2, uint8_t* p1
   }
 }
 
-// One exact block: whole vectors of 4-byte words, two 16-bit elements or one fp32 each.
-void write_exact(const Matrix& m, int64_t tile, int64_t block, uint8_t* out) {
-  const int64_t words = kBlockCols * m.element_bytes / 4;
+// One exact block: words of rows side by side. A word is one fp32 element, two of 16 bits or two
+// fp8 codes.
+template <class Word>
+void write_words(const Matrix& m, int64_t tile, int64_t block, uint8_t* out) {
+  const int64_t bits = exact_bits(m.type), words = kBlockCols * bits / 8 / sizeof(Word);
   const int64_t rows = m.tile_rows(tile);
-  const int64_t bytes = std::min(kBlockCols, m.shape.cols - block * kBlockCols) * m.element_bytes;
-  uint32_t row[kBlockCols] = {};
-  uint32_t columns[kBlockCols][kBlockRows] = {};
+  const int64_t bytes = std::min(kBlockCols, m.shape.cols - block * kBlockCols) * bits / 8;
+  Word row[kBlockCols] = {};
+  Word columns[kBlockCols][kBlockRows] = {};
   for (int64_t r = 0; r < rows; ++r) {
     std::memcpy(row, m.at(tile * kBlockRows + r, block * kBlockCols), bytes);
     for (int64_t c = 0; c < words; ++c) columns[c][r] = row[c];
   }
-  std::memcpy(out, columns, words * kBlockRows * 4);
+  std::memcpy(out, columns, words * kBlockRows * sizeof(Word));
 }
 
+void write_mxfp4(const Matrix& m, int64_t tile, int64_t block, uint8_t* out) {
+  const int64_t rows = m.tile_rows(tile);
+  const int64_t pairs = std::min(kBlockCols, m.shape.cols - block * kBlockCols) / 2;
+  uint16_t words[4][kBlockRows][2] = {};  // as layout.h says: pair 4v + j of columns in bits 4j
+  for (int64_t r = 0; r < rows; ++r) {
+    const uint8_t* row = m.at(tile * kBlockRows + r, block * kBlockCols);
+    for (int64_t p = 0; p < pairs; ++p)
+      for (int i = 0; i < 2; ++i)
+        words[p / 4][r][i] |= static_cast<uint16_t>((row[p] >> 4 * i & 15) << 4 * (p % 4));
+  }
+  std::memcpy(out, words, sizeof(words));
+}
+
+void write_exact(const Matrix& m, int64_t tile, int64_t block, uint8_t* out) {
+  if (m.type == ExactType::mxfp4) return write_mxfp4(m, tile, block, out);
+  if (m.type == ExactType::fp8) return write_words<uint16_t>(m, tile, block, out);
+  write_words<uint32_t>(m, tile, block, out);
+}
+
+// The scales of one row tile, `bytes` of them.
+void write_scales(const Matrix& m, int64_t tile, int64_t bytes, uint8_t* out) {
+  if (m.type == ExactType::fp8) std::memcpy(out, m.scale_at(tile * kBlockRows, 0), bytes);
+  if (m.type != ExactType::mxfp4) return;
+  for (int64_t b = 0; b < m.shape.col_blocks(); ++b)
+    for (int64_t r = 0; r < kBlockRows; ++r)
+      *out++ = r < m.tile_rows(tile) ? *m.scale_at(tile * kBlockRows + r, b * kBlockCols) : 127;
+}
+
+// Where the parts of one matrix go; planes and exact elements that are not wanted are null.
+struct Destination {
+  uint8_t* params;
+  uint8_t* planes[kNumPlanes];
+  uint8_t* exact;
+  uint8_t* scales;       // of exact codes
+  int64_t scales_bytes;  // of one row tile
+};
+
 // Codes, parameters, planes and exact blocks of one row tile.
-void encode_tile(const ExpertGeometry& g, int matrix, Matrix& m, int64_t tile,
-                 uint8_t* const payloads[kNumRecords]) {
+void encode_tile(Matrix& m, int64_t tile, const Destination& to) {
   Tile t;
   alignas(64) uint8_t codes[kBlockRows][kGroupCols];
+  alignas(64) uint8_t unwanted[kPlane4BlockBytes];
   double* moments = m.moments.data() + tile * 2 * kBins;
   const int64_t col_blocks = m.shape.col_blocks(), groups = m.shape.groups();
   const int64_t rows = m.tile_rows(tile);
-  uint8_t* params = payloads[0] + g.params_offset(matrix) + tile * groups * kParamsBytes;
-  uint8_t* blocks[kNumRecords];
-  for (int r = 0; r < kNumRecords; ++r)
-    blocks[r] = payloads[r] + g.blocks_offset(r, matrix) + tile * col_blocks * g.block_bytes(r);
+  uint8_t* params = to.params + tile * groups * kParamsBytes;
+  write_scales(m, tile, to.scales_bytes, to.scales + tile * to.scales_bytes);
   for (int64_t group = 0; group < groups; ++group, params += kParamsBytes) {
     const int64_t cols = m.group_cols(group);
     m.load_tile(tile, group, t);
@@ -351,10 +426,15 @@ void encode_tile(const ExpertGeometry& g, int matrix, Matrix& m, int64_t tile,
     }
     const int64_t first = group * kGroupBlocks, last = std::min(first + kGroupBlocks, col_blocks);
     for (int64_t b = first; b < last; ++b) {
-      write_planes(&codes[0][(b - first) * kBlockCols], kGroupCols,
-                   blocks[0] + b * kPlane2BlockBytes, blocks[1] + b * kPlane1BlockBytes,
-                   blocks[2] + b * kPlane1BlockBytes, blocks[3] + b * kPlane4BlockBytes);
-      write_exact(m, tile, b, blocks[4] + b * g.block_bytes(4));
+      const int64_t block = tile * col_blocks + b;
+      uint8_t* planes[kNumPlanes];
+      for (int p = 0; p < kNumPlanes; ++p)
+        planes[p] = to.planes[p] ? to.planes[p] + block * kPlaneBlockBytes[p] : unwanted;
+      write_planes(&codes[0][(b - first) * kBlockCols], kGroupCols, planes[0], planes[1], planes[2],
+                   planes[3]);
+      if (to.exact)
+        write_exact(m, tile, b,
+                    to.exact + block * (kBlockRows * kBlockCols * exact_bits(m.type) / 8));
     }
   }
 }
@@ -384,83 +464,108 @@ std::string name_of(const ExpertGeometry& g, int matrix) {
   return matrix == g.num_matrices() - 1 ? "down" : matrix == 0 && g.gated ? "gate" : "up";
 }
 
-[[noreturn]] void throw_not_finite(const ExpertGeometry& g, int matrix, const Matrix& m,
-                                   const char* what) {
-  std::string where = "encode_expert: " + std::string(what) + " of matrix " + name_of(g, matrix);
-  for (int64_t i = 0; i < m.shape.rows * m.shape.cols; ++i) {
-    float w;
-    m.load(m.source + i * m.element_bytes, 1, &w);
-    if (std::isfinite(w)) continue;
-    throw std::invalid_argument(
-        where + " [" + std::to_string(m.shape.rows) + ", " + std::to_string(m.shape.cols) +
-        "] must be finite, got " + (std::isnan(w) ? "NaN" : "infinity") + " at row " +
-        std::to_string(i / m.shape.cols) + ", column " + std::to_string(i % m.shape.cols) +
-        "; mend or leave out the checkpoint: such an expert cannot run");
-  }
-  throw std::logic_error(where + ": non-finite value lost");
+[[noreturn]] void throw_not_finite(const std::string& what, float value, const std::string& where) {
+  throw std::invalid_argument("encode_expert: " + what + " must be finite, got " +
+                              (std::isnan(value) ? "NaN" : "infinity") + " at " + where +
+                              "; mend or leave out the checkpoint: such an expert cannot run");
+}
+
+[[noreturn]] void throw_not_finite_weight(const ExpertGeometry& g, int matrix, const Matrix& m) {
+  const std::string what = "weights of matrix " + name_of(g, matrix) + " [" +
+                           std::to_string(m.shape.rows) + ", " + std::to_string(m.shape.cols) + "]";
+  float row[kGroupCols];
+  for (int64_t r = 0; r < m.shape.rows; ++r)
+    for (int64_t group = 0; group < m.shape.groups(); ++group) {
+      m.load_row(r, group, row);
+      for (int64_t c = 0; c < m.group_cols(group); ++c)
+        if (!std::isfinite(row[c]))
+          throw_not_finite(
+              what, row[c],
+              "row " + std::to_string(r) + ", column " + std::to_string(group * kGroupCols + c));
+    }
+  throw std::logic_error("encode_expert: " + what + ": non-finite value lost");
 }
 
 void encode_bias(const ExpertGeometry& g, int matrix, const ExpertSource& source,
                  uint8_t* const payloads[kNumRecords]) {
-  Matrix b{};
-  b.source = static_cast<const uint8_t*>(source.biases[matrix]);
-  b.shape = {g.matrix(matrix).rows, 1};
-  b.element_bytes = dtype_bytes(g.exact_dtype);
-  b.load = load_of(g.exact_dtype);
-  std::vector<float> values(b.shape.rows);
-  b.load(b.source, b.shape.rows, values.data());
-  for (float v : values)
-    if (!std::isfinite(v)) throw_not_finite(g, matrix, b, "bias");
+  const DType dtype = g.exact_bias_dtype();
+  std::vector<float> values(g.matrix(matrix).rows);
+  const auto rows = static_cast<int64_t>(values.size());
+  load_of(dtype)(source.biases[matrix], rows, values.data());
+  for (int64_t r = 0; r < rows; ++r)
+    if (!std::isfinite(values[r]))
+      throw_not_finite("bias of matrix " + name_of(g, matrix), values[r],
+                       "row " + std::to_string(r));
   const auto put = [&](uint8_t* to, const void* from, int64_t bytes) {
     std::memcpy(to, from, bytes);
     std::memset(to + bytes, 0, round_up(bytes, 64) - bytes);
   };
-  put(payloads[0] + g.bias_offset(matrix), values.data(), b.shape.rows * 4);
-  put(payloads[4] + g.exact_bias_offset(matrix), b.source, b.shape.rows * b.element_bytes);
+  put(payloads[0] + g.bias_offset(matrix), values.data(), rows * 4);
+  put(payloads[4] + g.exact_bias_offset(matrix), source.biases[matrix], rows * dtype_bytes(dtype));
 }
 
 // f(matrix, row tile) for all row tiles of all matrices.
 template <class F>
-void for_each_tile(const ExpertGeometry& g, F&& f) {
-  int64_t first[kMaxMatrices + 1] = {};
-  for (int m = 0; m < g.num_matrices(); ++m) first[m + 1] = first[m] + g.matrix(m).row_tiles();
-  parallel_for(first[g.num_matrices()], 8, [&](int64_t begin, int64_t end, int) {
-    for (int m = 0; m < g.num_matrices(); ++m)
+void for_each_tile(const std::vector<Matrix>& matrices, F&& f) {
+  std::vector<int64_t> first{0};
+  for (const Matrix& m : matrices) first.push_back(first.back() + m.shape.row_tiles());
+  parallel_for(first.back(), 8, [&](int64_t begin, int64_t end, int) {
+    for (size_t m = 0; m < matrices.size(); ++m)
       for (int64_t t = std::max(begin, first[m]); t < std::min(end, first[m + 1]); ++t)
         f(m, t - first[m]);
   });
+}
+
+Matrix matrix_of(const void* source, const MatrixGeometry& shape, ExactType type) {
+  Matrix m{};
+  m.type = type;
+  m.source = static_cast<const uint8_t*>(source);
+  m.shape = shape;
+  const int64_t ranges = shape.row_tiles() * kBlockRows * shape.groups();
+  m.low.resize(ranges);
+  m.high.resize(ranges);
+  m.outliers.resize(ranges);
+  m.moments.resize(shape.row_tiles() * 2 * kBins);
+  return m;
+}
+
+// Codes, parameters and tables of all matrices. not_finite(m) is called, and throws, if matrix m
+// has a weight that is NaN or infinite.
+template <class F>
+void encode(std::vector<Matrix>& matrices, const std::vector<Destination>& to, F&& not_finite) {
+  std::vector<std::atomic<bool>> finite(matrices.size());
+  for (auto& f : finite) f = true;
+  for_each_tile(matrices, [&](size_t m, int64_t tile) {
+    if (!find_ranges(matrices[m], tile)) finite[m] = false;
+  });
+  for (size_t m = 0; m < matrices.size(); ++m) {
+    if (!finite[m]) not_finite(static_cast<int>(m));
+    choose_scales(matrices[m]);
+  }
+  for_each_tile(matrices, [&](size_t m, int64_t tile) { encode_tile(matrices[m], tile, to[m]); });
+  for (Matrix& m : matrices) choose_tables(m);
 }
 
 }  // namespace
 
 void encode_expert(const ExpertGeometry& g, const ExpertSource& source,
                    uint8_t* const payloads[kNumRecords]) {
-  Matrix matrices[kMaxMatrices] = {};
-  std::atomic<bool> finite[kMaxMatrices];
+  std::vector<Matrix> matrices;
+  std::vector<Destination> to;
   for (int m = 0; m < g.num_matrices(); ++m) {
-    Matrix& matrix = matrices[m];
-    matrix.source = static_cast<const uint8_t*>(source.matrices[m]);
-    matrix.shape = g.matrix(m);
-    matrix.element_bytes = dtype_bytes(g.exact_dtype);
-    matrix.load = load_of(g.exact_dtype);
-    const int64_t ranges = matrix.shape.row_tiles() * kBlockRows * matrix.shape.groups();
-    matrix.low.resize(ranges);
-    matrix.high.resize(ranges);
-    matrix.outliers.resize(ranges);
-    matrix.moments.resize(matrix.shape.row_tiles() * 2 * kBins);
-    finite[m] = true;
+    matrices.push_back(matrix_of(source.matrices[m], g.matrix(m), g.exact_dtype));
+    matrices.back().code_scales = static_cast<const uint8_t*>(source.scales[m]);
+    Destination d{};
+    d.params = payloads[0] + g.params_offset(m);
+    for (int p = 0; p < kNumPlanes; ++p) d.planes[p] = payloads[p] + g.blocks_offset(p, m);
+    d.exact = payloads[4] + g.blocks_offset(4, m);
+    d.scales = payloads[4] + g.exact_scales_offset(m);
+    d.scales_bytes = g.exact_scales_bytes(m);
+    to.push_back(d);
   }
-  for_each_tile(g, [&](int m, int64_t tile) {
-    if (!find_ranges(matrices[m], tile)) finite[m] = false;
-  });
+  encode(matrices, to, [&](int m) { throw_not_finite_weight(g, m, matrices[m]); });
   for (int m = 0; m < g.num_matrices(); ++m) {
-    if (!finite[m]) throw_not_finite(g, m, matrices[m], "weights");
-    choose_scales(matrices[m]);
     if (g.biased) encode_bias(g, m, source, payloads);
-  }
-  for_each_tile(g, [&](int m, int64_t tile) { encode_tile(g, m, matrices[m], tile, payloads); });
-  for (int m = 0; m < g.num_matrices(); ++m) {
-    choose_tables(matrices[m]);
     std::memcpy(payloads[0] + g.header_offset(m), &matrices[m].header, sizeof(MatrixHeader));
   }
   // Gaps that alignment leaves inside a payload.
@@ -468,7 +573,34 @@ void encode_expert(const ExpertGeometry& g, const ExpertSource& source,
     std::memset(payload + begin, 0, end - begin);
   };
   clear(payloads[0], g.params_offset(g.num_matrices()), g.blocks_offset(0, 0));
-  clear(payloads[4], g.biased ? g.exact_bias_offset(g.num_matrices()) : 0, g.blocks_offset(4, 0));
+  clear(payloads[4], g.exact_scales_offset(g.num_matrices()), g.blocks_offset(4, 0));
+}
+
+void encode_coded(const CodedLayout& layout, const float* const* sources,
+                  const float* const* biases, int num_planes, uint8_t* payload) {
+  std::memset(payload, 0, layout.plane_offset(0, 0, 0));
+  std::vector<Matrix> matrices;
+  std::vector<Destination> to;
+  for (int m = 0; m < layout.count; ++m) {
+    matrices.push_back(matrix_of(sources[m], layout.matrices[m], ExactType::fp32));
+    Destination d{};
+    d.params = payload + layout.params_offset(m);
+    for (int p = 0; p < num_planes; ++p) d.planes[p] = payload + layout.plane_offset(0, p, m);
+    to.push_back(d);
+  }
+  encode(matrices, to, [](int m) {
+    throw std::invalid_argument("encode_coded: matrix " + std::to_string(m) +
+                                " has a weight that is NaN or infinite; it cannot be coded");
+  });
+  for (int m = 0; m < layout.count; ++m) {
+    std::memcpy(payload + layout.header_offset(m), &matrices[m].header, sizeof(MatrixHeader));
+    if (layout.biased)
+      std::memcpy(payload + layout.bias_offset(m), biases[m], layout.matrices[m].rows * 4);
+  }
+  for (int p = 1; p < num_planes; ++p) {  // gaps between planes
+    const int64_t end = layout.plane_offset(0, p - 1, layout.count);
+    std::memset(payload + end, 0, layout.plane_offset(0, p, 0) - end);
+  }
 }
 
 }  // namespace comoe

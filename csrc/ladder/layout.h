@@ -25,6 +25,23 @@ enum class Level : uint8_t { bits2 = 0, bits3 = 1, bits4 = 2, bits8 = 3, exact =
 enum class DType : uint8_t { fp32 = 0, bf16 = 1, fp16 = 2 };
 
 inline int64_t dtype_bytes(DType dtype) { return dtype == DType::fp32 ? 4 : 2; }
+
+// What the exact record holds: elements of a DType, or codes that a scale belongs to. A coded
+// weight is fp32(code) * fp32(scale), rounded to the type of the activations.
+//   fp8: e4m3, an fp32 scale per row tile and group.   mxfp4: e2m1, an e8m0 scale per row and
+//   block.
+enum class ExactType : uint8_t { fp32 = 0, bf16 = 1, fp16 = 2, fp8 = 3, mxfp4 = 4 };
+constexpr int kNumExactTypes = 5;
+
+inline bool is_coded(ExactType type) { return type >= ExactType::fp8; }
+inline int64_t exact_bits(ExactType type) {
+  constexpr int64_t kBits[kNumExactTypes] = {32, 16, 16, 8, 4};
+  return kBits[static_cast<int>(type)];
+}
+// The type in which kernels see exact weights, given that of the activations (or of the output).
+inline DType value_dtype(ExactType type, DType wanted) {
+  return is_coded(type) ? wanted : static_cast<DType>(type);
+}
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
@@ -62,7 +79,7 @@ struct ExpertGeometry {
   int64_t hidden = 0, intermediate = 0;
   bool gated = true;
   bool biased = false;
-  DType exact_dtype = DType::bf16;
+  ExactType exact_dtype = ExactType::bf16;
 
   int num_matrices() const { return gated ? 3 : 2; }
   MatrixGeometry matrix(int m) const {
@@ -91,7 +108,7 @@ struct ExpertGeometry {
       case 3:
         return kPlane4BlockBytes;
       case 4:
-        return kBlockRows * kBlockCols * dtype_bytes(exact_dtype);
+        return kBlockRows * kBlockCols * exact_bits(exact_dtype) / 8;
       default:
         return kPlane1BlockBytes;
     }
@@ -99,14 +116,28 @@ struct ExpertGeometry {
   int64_t blocks_offset(int record, int m) const {
     int64_t at = 0;
     if (record == 0) at = round_up(params_offset(num_matrices()), kPlane2BlockBytes);
-    if (record == 4 && biased) at = round_up(exact_bias_offset(num_matrices()), block_bytes(4));
+    if (record == 4) at = round_up(exact_scales_offset(num_matrices()), block_bytes(4));
     for (int i = 0; i < m; ++i) at += matrix(i).num_blocks() * block_bytes(record);
     return at;
   }
-  // Record 4 with biases starts with them, in the source's dtype, each padded to 64 bytes.
+  // Record 4: [biases][scales][blocks], each part matrix by matrix. Biases (only if biased) are of
+  // the source's dtype, fp32 beside codes, each padded to 64 bytes.
+  DType exact_bias_dtype() const { return value_dtype(exact_dtype, DType::fp32); }
   int64_t exact_bias_offset(int m) const {
     int64_t at = 0;
-    for (int i = 0; i < m; ++i) at += round_up(matrix(i).rows * dtype_bytes(exact_dtype), 64);
+    for (int i = 0; i < m; ++i)
+      at += round_up(matrix(i).rows * dtype_bytes(exact_bias_dtype()), 64);
+    return at;
+  }
+  // fp8: fp32 [row_tiles, groups]; mxfp4: u8 [row_tiles, col_blocks, 16]; else nothing.
+  int64_t exact_scales_bytes(int m) const {  // of one row tile
+    return exact_dtype == ExactType::fp8     ? matrix(m).groups() * 4
+           : exact_dtype == ExactType::mxfp4 ? matrix(m).col_blocks() * kBlockRows
+                                             : 0;
+  }
+  int64_t exact_scales_offset(int m) const {
+    int64_t at = biased ? exact_bias_offset(num_matrices()) : 0;
+    for (int i = 0; i < m; ++i) at += matrix(i).row_tiles() * exact_scales_bytes(i);
     return at;
   }
   int64_t record_bytes(int record) const { return blocks_offset(record, num_matrices()); }
@@ -130,6 +161,9 @@ struct PagedBytes {
 //   4-bit plane: 4 vectors; byte L of vector v: bits 3..0, low nibble quad 2v, high 2v + 1.
 //   exact, 16-bit: 16 vectors of 64 bytes; vector p, element 2 * row + i = W[row, 2p + i].
 //   exact, fp32: 32 vectors of 64 bytes; vector c, element row = W[row, c].
+//   fp8: 16 vectors of 32 bytes, ordered as 16-bit elements are.
+//   mxfp4: 4 vectors of 32 words of 16 bits; word 2 * row + i of vector v, bits 4j..4j+3:
+//     code of W[row, 2 * (4v + j) + i].
 // Padding rows and columns hold code 0 and value 0; kernels give them zero activations, and never
 // write padding rows.
 

@@ -3,17 +3,22 @@
 
 #include <cstdint>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "../cpu/expert_ffn.h"
 #include "../engine/engine.h"
+#include "level_parts.h"
 
 namespace comoe {
 
 // One MoE layer as the operator sees it. The planner rewrites the levels between calls.
 struct MoeLayer {
   FfnSpec spec;
-  int32_t first_record = 0;         // record r of expert e is first_record + e * kNumRecords + r
+  int32_t first_expert = 0;         // expert e is first_expert + e in the engine
+  int num_records = 0;              // R, of each expert
+  std::vector<int32_t> records;     // [E, R] ids in the engine, or -1
+  std::vector<RecordMeta> metas;    // [E, R]
   std::vector<uint8_t> min_level;   // [E] compute may start at this level ...
   std::vector<uint8_t> want_level;  // [E] ... and uses the best complete one up to this
 };
@@ -31,9 +36,14 @@ struct MoeInput {
 
 class MoeOp {
  public:
-  explicit MoeOp(Engine& engine) : engine_(engine) {}
+  // level_masks: as given to the engine.
+  MoeOp(Engine& engine, std::vector<uint32_t> level_masks)
+      : engine_(engine), level_masks_(std::move(level_masks)) {}
 
+  // Checks that every level that an expert has makes sense, and that its records have the sizes
+  // that kernels rely on. Returns the layer's index.
   int add_layer(MoeLayer layer);
+  int num_levels() const { return static_cast<int>(level_masks_.size()); }
   MoeLayer& layer(int layer_idx) { return layers_.at(layer_idx); }
   const MoeLayer& layer(int layer_idx) const { return layers_.at(layer_idx); }
 
@@ -50,13 +60,22 @@ class MoeOp {
                                    const std::vector<int32_t>& ahead);
 
   // The view of one resident, pinned expert at `level`.
-  ExpertView view(int layer_idx, int64_t expert, Level level) const;
+  ExpertView view(int layer_idx, int64_t expert, int level) const;
 
  private:
-  Engine& engine_;
-  void cancel_wrong_guesses(const MoeLayer& layer, const std::vector<int32_t>& experts);
+  // Experts whose records are alike share one table of parts.
+  struct Parts {
+    std::vector<int32_t> kind_of_expert;                 // [E]
+    std::vector<std::vector<LevelParts>> parts_of_kind;  // [kinds][levels]
+    std::pair<int32_t, int32_t> ids{0, 0};               // the layer's records: [first, end)
+  };
 
+  void cancel_wrong_guesses(int layer_idx, const std::vector<int32_t>& experts);
+
+  Engine& engine_;
+  std::vector<uint32_t> level_masks_;
   std::vector<MoeLayer> layers_;
+  std::vector<Parts> parts_;
   std::vector<int32_t> asked_ahead_;  // records, of layers that have not been computed since
   std::vector<float> pair_out_;       // [T * K, H], kept between calls of the same size or less
 };

@@ -25,12 +25,13 @@ void check(bool good, const std::string& what) {
 
 struct Expert {
   ExpertGeometry g;
-  std::vector<std::vector<uint8_t>> matrices, biases;  // elements of g.exact_dtype
+  std::vector<std::vector<uint8_t>> matrices, biases, scales;  // elements or codes
   ExpertSource source() const {
     ExpertSource s;
     for (int m = 0; m < g.num_matrices(); ++m) {
       s.matrices[m] = matrices[m].data();
       if (g.biased) s.biases[m] = biases[m].data();
+      if (is_coded(g.exact_dtype)) s.scales[m] = scales[m].data();
     }
     return s;
   }
@@ -82,8 +83,8 @@ Expert make(const ExpertGeometry& g, unsigned seed) {
   std::mt19937 random(seed);
   for (int m = 0; m < g.num_matrices(); ++m) {
     const MatrixGeometry shape = g.matrix(m);
-    e.matrices.push_back(draw(shape.rows * shape.cols, g.exact_dtype, random));
-    e.biases.push_back(draw(shape.rows, g.exact_dtype, random));
+    e.matrices.push_back(draw(shape.rows * shape.cols, g.exact_bias_dtype(), random));
+    e.biases.push_back(draw(shape.rows, g.exact_bias_dtype(), random));
   }
   return e;
 }
@@ -128,8 +129,8 @@ double decode(const Expert& e, const Payloads& p, int m, int64_t row, int64_t co
 const uint8_t* exact(const Expert& e, const Payloads& p, int m, int64_t row, int64_t col) {
   const int64_t r = row % kBlockRows, c = col % kBlockCols;
   const int64_t element =
-      e.g.exact_dtype == DType::fp32 ? 16 * c + r : 32 * (c / 2) + 2 * r + c % 2;
-  return block(e, p, 4, m, row, col) + element * dtype_bytes(e.g.exact_dtype);
+      e.g.exact_dtype == ExactType::fp32 ? 16 * c + r : 32 * (c / 2) + 2 * r + c % 2;
+  return block(e, p, 4, m, row, col) + element * exact_bits(e.g.exact_dtype) / 8;
 }
 
 void test_round_trip(const ExpertGeometry& g) {
@@ -143,7 +144,7 @@ void test_round_trip(const ExpertGeometry& g) {
     Parallel::instance().set_num_threads(threads);
     check(p == encode(e, 0xa5), name + ": bytes depend on the number of threads");
   }
-  const int64_t item = dtype_bytes(g.exact_dtype);
+  const int64_t item = dtype_bytes(g.exact_bias_dtype());
   for (int m = 0; m < g.num_matrices(); ++m) {
     const MatrixGeometry shape = g.matrix(m);
     const int bits[4] = {2, 3, 4, 8};
@@ -152,7 +153,7 @@ void test_round_trip(const ExpertGeometry& g) {
       for (int64_t col = 0; col < shape.cols; ++col) {
         const uint8_t* element = &e.matrices[m][(row * shape.cols + col) * item];
         check(std::memcmp(exact(e, p, m, row, col), element, item) == 0, name + ": exact differs");
-        const double w = value_of(element, g.exact_dtype);
+        const double w = value_of(element, g.exact_bias_dtype());
         energy += w * w;
         for (int b = 0; b < 4; ++b) {
           const double d = decode(e, p, m, row, col, bits[b]) - w;
@@ -168,7 +169,7 @@ void test_round_trip(const ExpertGeometry& g) {
     for (int64_t row = 0; row < shape.rows; ++row) {
       float bias;
       std::memcpy(&bias, p[0].data() + g.bias_offset(m) + 4 * row, 4);
-      check(bias == value_of(&e.biases[m][row * item], g.exact_dtype),
+      check(bias == value_of(&e.biases[m][row * item], g.exact_bias_dtype()),
             name + ": fp32 bias differs");
     }
     check(std::memcmp(p[4].data() + g.exact_bias_offset(m), e.biases[m].data(),
@@ -178,7 +179,7 @@ void test_round_trip(const ExpertGeometry& g) {
 }
 
 void test_nan_is_refused() {
-  Expert e = make({40, 24, true, false, DType::bf16}, 1);
+  Expert e = make({40, 24, true, false, ExactType::bf16}, 1);
   e.matrices[1][2 * (5 * 40 + 39) + 1] = 0x7f;  // exponent of all ones
   e.matrices[1][2 * (5 * 40 + 39)] = 0xc0;
   try {
@@ -196,7 +197,7 @@ void test_nan_is_refused() {
 }  // namespace
 
 int main() {
-  for (DType dtype : {DType::fp32, DType::bf16, DType::fp16}) {
+  for (ExactType dtype : {ExactType::fp32, ExactType::bf16, ExactType::fp16}) {
     test_round_trip({8, 5, true, false, dtype});
     test_round_trip({1, 1, false, true, dtype});
     test_round_trip({131, 37, false, true, dtype});

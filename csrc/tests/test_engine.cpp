@@ -21,6 +21,15 @@ using namespace comoe;
 
 namespace {
 
+// Experts whose records follow one another.
+template <class CoreOrEngine>
+void add_rows(CoreOrEngine& to, int32_t num_records) {
+  std::vector<int32_t> table(num_records);
+  for (int32_t r = 0; r < num_records; ++r) table[r] = r;
+  CHECK(num_records % to.records_per_expert() == 0);
+  to.add_experts(table.data(), num_records / to.records_per_expert());
+}
+
 // ---- On the fake device ------------------------------------------------------------------------
 
 struct Bench {
@@ -33,6 +42,7 @@ struct Bench {
     std::vector<RecordInfo> infos;
     for (int pages : record_pages) infos.push_back({0, 0, pages, 0});
     core.add_records(infos.data(), static_cast<int64_t>(infos.size()));
+    add_rows(core, core.num_records());
     core.set_target_slabs(slabs);
   }
   void finish(int32_t record, ReadStatus status = ReadStatus::ok) {
@@ -87,6 +97,62 @@ struct Bench {
 
 using Records = std::vector<int32_t>;
 
+// Experts 0 and 1 share record 0 (a base); expert 2 has none of level 0's records.
+void test_shared_and_absent_records() {
+  const std::vector<uint32_t> masks{1, 3, 4};
+  Bench b(masks, {}, 10, 1);
+  const std::vector<RecordInfo> infos{{0, 0, 3, 0}, {0, 0, 1, 0}, {0, 0, 2, 0},
+                                      {0, 0, 1, 0}, {0, 0, 2, 0}, {0, 0, 4, 0}};
+  b.core.add_records(infos.data(), 6);
+  const int32_t table[]{0, 1, 2, 0, 3, -1, -1, -1, 5};
+  CHECK(b.core.add_experts(table, 3) == 0);
+  CHECK(b.core.num_experts() == 3);
+  CHECK(b.core.has_level(0, 2) && !b.core.has_level(1, 2) && !b.core.has_level(2, 0));
+
+  int32_t s = b.open({{0, 1, 2}, {1, 0, 2}, {2, 0, 2}});
+  // One read of the base for both; expert 0 takes record 2, which is less than base and plane;
+  // expert 2 starts at the least level that it has.
+  CHECK((b.running() == Records{0, 2, 5}));
+  b.finish_all();
+  auto ready = b.take(s, Next::ready);
+  CHECK(ready.size() == 3);
+  for (const Ready& r : ready) CHECK(r.level == (r.need == 1 ? 0 : 2));
+  CHECK(b.core.stats().bytes_read == 3 + 2 + 4);
+  for (const Ready& r : ready) b.core.done(s, r.need);
+  b.core.close_session(s);
+
+  s = b.open({{0, 0, 0}, {1, 0, 0}});
+  CHECK(b.core.evict(0) == 0);  // pinned by both
+  ready = b.take(s, Next::ready);
+  CHECK(ready.size() == 2 && b.core.stats().hits == 2);
+  b.core.done(s, 0);
+  CHECK(b.core.evict(0) == 0);  // still by one
+  b.core.done(s, 1);
+  CHECK(b.core.evict(0) == 3);
+  b.core.close_session(s);
+  b.core.check_invariants();
+
+  CHECK_THROWS(b.open({{2, 0, 1}}), std::invalid_argument, "expert 2 has no level from 0 to 1");
+  CHECK_THROWS(b.open({{1, 2, 2}}), std::invalid_argument, "has no level from 2 to 2");
+  const int32_t bad[]{0, 1, 6};
+  CHECK_THROWS(b.core.add_experts(bad, 1), std::invalid_argument, "got 6");
+  CHECK(b.core.largest_need_pages(0) == 4);  // of expert 2, whose lowest level is 2
+  CHECK(b.core.largest_need_pages(1) == 4);
+}
+
+// 32 levels over 32 records: the last bit of a mask counts.
+void test_many_levels() {
+  std::vector<uint32_t> masks;
+  for (int l = 0; l < 32; ++l) masks.push_back(uint32_t{1} << l);
+  Bench b(masks, std::vector<int>(64, 1), 10, 4);
+  CHECK(b.core.num_experts() == 2);
+  const int32_t s = b.open({{1, 31, 31}, {0, 0, 31}});
+  CHECK((b.running() == Records{0, 63}));
+  b.finish_all();
+  for (const Ready& r : b.take(s, Next::ready)) CHECK(r.level == (r.need == 0 ? 31 : 0));
+  b.core.close_session(s);
+}
+
 void test_levels() {
   // Level 0 needs record 0, level 1 records 0 and 1, level 2 record 2.
   Bench b({1, 3, 4}, {1, 1, 2, 1, 1, 2}, 10, 1);
@@ -118,7 +184,7 @@ void test_levels() {
 
   // What is on its way already is joined, though min_level alone would ask for another record.
   b.request({5}, Priority::prefetch);
-  s = b.open({{3, 0, 2}});
+  s = b.open({{1, 0, 2}});
   CHECK(b.running() == Records{5} && b.core.stats().joined == 1);
   CHECK(b.backend.running[5].demand);  // and now read first
   b.finish(5);
@@ -127,7 +193,7 @@ void test_levels() {
 
   // More may arrive between being ready and being taken.
   CHECK(b.core.evict(5) == 2);
-  s = b.open({{3, 0, 1}});
+  s = b.open({{1, 0, 1}});
   b.request({4}, Priority::prefetch);
   b.finish(3);
   b.finish(4);
@@ -140,7 +206,7 @@ void test_bad_needs() {
   Bench b({1, 3}, {1, 1}, 10, 1);
   CHECK_THROWS(b.open({{0, 1, 0}}), std::invalid_argument, "min_level <= want_level");
   CHECK_THROWS(b.open({{0, 0, 2}}), std::invalid_argument, "want_level < 2");
-  CHECK_THROWS(b.open({{1, 0, 0}}), std::invalid_argument, "first_record in [0, 0]");
+  CHECK_THROWS(b.open({{1, 0, 0}}), std::invalid_argument, "an expert in [0, 1)");
   CHECK_THROWS(b.open({{-1, 0, 0}}), std::invalid_argument, "got -1");
   CHECK(b.core.num_sessions() == 0);
   const int32_t s = b.open({});
@@ -190,7 +256,7 @@ void test_first_come_first_served() {
 
 void test_too_large() {
   Bench b({1, 3}, {2, 3, 1, 1}, 1, 4);
-  const int32_t s = b.open({{0, 1, 1}, {2, 0, 0}});  // 5 pages of 4
+  const int32_t s = b.open({{0, 1, 1}, {1, 0, 0}});  // 5 pages of 4
   b.take(s, Next::failed);
   CHECK(b.core.is_budget_error(s));
   CHECK(b.core.error(s).find("takes 5 pages (5 bytes), but the budget leaves 4 pages") !=
@@ -232,7 +298,7 @@ void test_finest_rung_goes_first() {
   b.finish_all();
   b.take(s, Next::ready);
   b.core.close_session(s);
-  s = b.open({{3, 1, 1}});  // one page short: of three records of equal use, the finest goes
+  s = b.open({{1, 1, 1}});  // one page short: of three records of equal use, the finest goes
   CHECK((b.resident() == Records{0, 1}));
   b.core.close_session(s);
   b.finish_all();
@@ -496,9 +562,11 @@ struct Store {
     auto engine = std::make_unique<Engine>(config);
     CHECK(engine->add_file(path) == 0);
     CHECK(engine->add_records(infos.data(), static_cast<int64_t>(infos.size())) == 0);
+    add_rows(*engine, static_cast<int32_t>(infos.size()));
     return engine;
   }
-  bool holds(const Engine& engine, int32_t first, int level) const {
+  bool holds(const Engine& engine, int32_t expert, int level) const {
+    const int32_t first = expert * kPerExpert;
     for (int r = 0; r < kPerExpert; ++r) {
       if (!(kMasks[level] >> r & 1)) continue;
       const auto& payload = payloads[first + r];
@@ -535,7 +603,7 @@ int serve(const Store& store, Engine& engine, const std::vector<Need>& needs) {
     for (const Ready& r : ready) {
       const Need& n = needs[r.need];
       CHECK(r.level >= n.min_level && r.level <= n.want_level);
-      CHECK(store.holds(engine, n.first_record, r.level));
+      CHECK(store.holds(engine, n.expert, r.level));
       session->done(r.need);
       ++served;
     }
@@ -547,8 +615,7 @@ void test_engine_serves() {
   for (const char* io : {"threads", "uring"}) {
     auto engine = store.engine(4, io);
     std::vector<Need> needs;
-    for (int32_t e = 0; e < 12; ++e)
-      needs.push_back({e * kPerExpert, static_cast<uint8_t>(e % 5), 4});
+    for (int32_t e = 0; e < 12; ++e) needs.push_back({e, static_cast<uint8_t>(e % 5), 4});
     for (int i = 0; i < 3; ++i) CHECK(serve(store, *engine, needs) == 12);
     const EngineStats stats = engine->stats();
     CHECK(stats.mapped_bytes <= stats.budget_bytes && stats.core.waves > 0);
@@ -587,7 +654,6 @@ void test_engine_bad_arguments() {
     change(changed[1]);
     engine.add_records(changed.data(), count);
   };
-  CHECK_THROWS(add([](auto&) {}, 4), std::invalid_argument, "multiple of 5");
   CHECK_THROWS(add([](auto& i) { i.file = 1; }), std::invalid_argument, "file: expected an id");
   CHECK_THROWS(add([](auto& i) { i.file = -1; }), std::invalid_argument, "file: expected an id");
   CHECK_THROWS(add([](auto& i) { i.offset = 512; }), std::invalid_argument, "multiple of 4096");
@@ -598,6 +664,7 @@ void test_engine_bad_arguments() {
   CHECK_THROWS(add([](auto& i) { i.bytes = INT64_MAX; }), std::invalid_argument, "nbytes");
   CHECK_THROWS(add([](auto& i) { i.bytes = 100 << 20; }), std::invalid_argument, "truncated");
   engine.add_records(infos.data(), 10);
+  add_rows(engine, 10);
   const int32_t bad = 10, good = 1;
   CHECK_THROWS(engine.request(&bad, 1, Priority::prefetch), std::invalid_argument,
                "record in [0, 10), got 10");
@@ -617,7 +684,7 @@ void test_engine_budget() {
   CHECK(engine->minimum_budget(3) == 2 * 8 * 4096);
   CHECK_THROWS(engine->set_budget(8 * 4096 - 1), BudgetError, "at least 32768");
   std::vector<Need> needs;
-  for (int32_t e = 0; e < 8; ++e) needs.push_back({e * kPerExpert, 4, 4});
+  for (int32_t e = 0; e < 8; ++e) needs.push_back({e, 4, 4});
   CHECK(serve(store, *engine, needs) == 8);
   CHECK(engine->minimum_budget() == 3 * 8 * 4096);  // sessions want `exact`
   CHECK_THROWS(engine->set_budget(2 * 8 * 4096), BudgetError, "at least 98304");
@@ -651,8 +718,9 @@ void test_engine_gives_memory_back() {
   const int64_t before = resident_memory();
   engine.add_file(store.path);
   engine.add_records(store.infos.data(), 3 * kPerExpert);
+  add_rows(engine, 3 * kPerExpert);
   CHECK(engine.stats().mapped_bytes == 0 && resident_memory() - before < 8 * kMiB);
-  const std::vector<Need> needs{{0, 0, 0}, {5, 0, 0}, {10, 0, 0}};
+  const std::vector<Need> needs{{0, 0, 0}, {1, 0, 0}, {2, 0, 0}};
   CHECK(serve(store, engine, needs) == 3);
   const int64_t full = resident_memory();
   CHECK(engine.stats().mapped_bytes == 48 * kMiB && full - before > 44 * kMiB);
@@ -681,16 +749,16 @@ void test_engine_read_errors() {
   Store store(3);
   store.infos[5].crc32c ^= 1;
   auto engine = store.engine(6);
-  CHECK_THROWS(serve(store, *engine, {{0, 0, 0}, {5, 0, 0}}), ReadError, "wrong checksum");
-  CHECK_THROWS(serve(store, *engine, {{5, 0, 0}}), ReadError, store.path.c_str());
-  CHECK(serve(store, *engine, {{0, 3, 3}, {10, 4, 4}}) == 2);
+  CHECK_THROWS(serve(store, *engine, {{0, 0, 0}, {1, 0, 0}}), ReadError, "wrong checksum");
+  CHECK_THROWS(serve(store, *engine, {{1, 0, 0}}), ReadError, store.path.c_str());
+  CHECK(serve(store, *engine, {{0, 3, 3}, {2, 4, 4}}) == 2);
   const int32_t damaged = 5;
   engine->request(&damaged, 1, Priority::prefetch);
   CHECK(engine->wait_idle(30));
   CHECK(engine->stats().core.failed_prefetches == 1 && engine->stats().core.corrupt_reads == 3);
   // The file shrinks under a running engine.
   CHECK(truncate(store.path.c_str(), 0) == 0);
-  CHECK_THROWS(serve(store, *engine, {{5, 0, 0}}), ReadError, "truncated");
+  CHECK_THROWS(serve(store, *engine, {{1, 0, 0}}), ReadError, "truncated");
   CHECK(serve(store, *engine, {{0, 3, 3}}) == 1);  // what is here is still good
 }
 
@@ -701,12 +769,12 @@ struct Interrupted : std::runtime_error {
 void test_engine_interrupts_and_close() {
   Store store(3);
   auto engine = store.engine(1);
-  auto holder = open(*engine, {{0, 0, 0}, {5, 0, 0}});
+  auto holder = open(*engine, {{0, 0, 0}, {1, 0, 0}});
   std::vector<Ready> ready;
   for (size_t held = 0; held < 2; held += ready.size()) CHECK(holder->next(ready));
   CHECK(!holder->next(ready) && ready.empty());
 
-  auto waiting = open(*engine, {{10, 0, 0}});  // 3 pages, 2 are free
+  auto waiting = open(*engine, {{2, 0, 0}});  // 3 pages, 2 are free
   Engine::set_interrupt_check([] { throw Interrupted("Ctrl-C"); });
   CHECK_THROWS(waiting->next(ready), Interrupted, "Ctrl-C");
   Engine::set_interrupt_check(nullptr);
@@ -725,9 +793,9 @@ void test_engine_interrupts_and_close() {
   holder.reset();
   waiting.reset();
 
-  holder = open(*engine, {{0, 0, 0}, {5, 0, 0}});
+  holder = open(*engine, {{0, 0, 0}, {1, 0, 0}});
   for (size_t held = 0; held < 2; held += ready.size()) CHECK(holder->next(ready));
-  waiting = open(*engine, {{10, 0, 0}});
+  waiting = open(*engine, {{2, 0, 0}});
   std::thread closer([&] {
     std::this_thread::sleep_for(std::chrono::milliseconds(20));
     engine->close();
@@ -745,10 +813,10 @@ void test_engine_interrupts_and_close() {
 void test_session_close() {
   Store store(3);
   auto engine = store.engine(1);
-  auto holder = open(*engine, {{0, 0, 0}, {5, 0, 0}});
+  auto holder = open(*engine, {{0, 0, 0}, {1, 0, 0}});
   std::vector<Ready> ready;
   for (size_t held = 0; held < 2; held += ready.size()) CHECK(holder->next(ready));
-  auto waiting = open(*engine, {{10, 0, 0}});
+  auto waiting = open(*engine, {{2, 0, 0}});
   std::thread closer([&] {
     std::this_thread::sleep_for(std::chrono::milliseconds(20));
     waiting->close();
@@ -775,7 +843,7 @@ void test_stress(const char* io, double seconds) {
       while (!stop) {
         std::vector<Need> needs(random() % 9);
         for (Need& n : needs) {
-          n.first_record = static_cast<int32_t>(random() % 24) * kPerExpert;
+          n.expert = static_cast<int32_t>(random() % 24);
           n.min_level = static_cast<uint8_t>(random() % 5);
           n.want_level = static_cast<uint8_t>(n.min_level + random() % (5 - n.min_level));
         }
@@ -852,6 +920,8 @@ void test_stress(const char* io, double seconds) {
 
 int main() {
   test_levels();
+  test_shared_and_absent_records();
+  test_many_levels();
   test_bad_needs();
   test_waves();
   test_first_come_first_served();

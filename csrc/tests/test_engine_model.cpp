@@ -25,6 +25,8 @@ struct Scenario {
   const char* name;
   std::vector<uint32_t> level_masks;
   std::vector<int> record_pages;  // one per record
+  // [experts, records per expert] ids, -1 for none; empty: experts of records one after the other
+  std::vector<int32_t> experts;
   int pages_per_slab, max_slabs, target_slabs;
   std::vector<std::vector<Need>> sessions;
   int64_t slack_pages = 0, speculation_pages = 4;
@@ -80,6 +82,9 @@ struct World {
     std::vector<RecordInfo> infos;
     for (int pages : s.record_pages) infos.push_back({0, 0, pages, 0});
     core.add_records(infos.data(), static_cast<int64_t>(infos.size()));
+    std::vector<int32_t> table = s.experts;
+    for (int32_t r = 0; s.experts.empty() && r < core.num_records(); ++r) table.push_back(r);
+    core.add_experts(table.data(), static_cast<int64_t>(table.size()) / core.records_per_expert());
     for (const auto& [record, value] : s.values) core.set_value(record, value);
     core.values_changed();
     set_target(s.target_slabs);
@@ -133,7 +138,8 @@ struct World {
       const uint32_t mask = scenario->level_masks[r.level];
       for (int i = 0; mask >> i; ++i)
         if (mask >> i & 1)
-          for (int32_t page : core.page_list(need.first_record + i)) held.pages.push_back(page);
+          for (int32_t page : core.page_list(core.record_of(need.expert, i)))
+            held.pages.push_back(page);
       u.held.push_back(held);
       ++u.given;
     }
@@ -177,7 +183,7 @@ struct World {
         size_t at = 0;
         for (int r = 0; mask >> r; ++r) {
           if (!(mask >> r & 1)) continue;
-          const int32_t record = need.first_record + r;
+          const int32_t record = core.record_of(need.expert, r);
           const auto& pages = core.page_list(record);
           FakeBackend::require(core.state(record) == RecordState::resident,
                                "held, but not resident");
@@ -431,7 +437,7 @@ std::vector<Scenario> scenarios() {
   s.level_masks = {1, 3, 4};
   s.record_pages = {1, 1, 2, 1, 1, 2};
   s.pages_per_slab = 1, s.max_slabs = 4, s.target_slabs = 4;
-  s.sessions = {{{0, 0, 2}, {3, 1, 1}}, {{0, 1, 2}, {3, 0, 1}}};
+  s.sessions = {{{0, 0, 2}, {1, 1, 1}}, {{0, 1, 2}, {1, 0, 1}}};
   s.requests = {{2, prefetch}, {1, upgrade}};
   s.values = {{0, 2.0f}, {1, 1.0f}, {3, 2.0f}, {4, 1.0f}};
   s.evictions = 1;
@@ -441,8 +447,26 @@ std::vector<Scenario> scenarios() {
   s.evictions = 0;
   s.corruptions = 1;
   s.requests = {{2, prefetch}};
-  s.sessions = {{{0, 0, 2}, {3, 1, 1}}, {{0, 1, 2}}};
+  s.sessions = {{{0, 0, 2}, {1, 1, 1}}, {{0, 1, 2}}};
   s.targets = {2, 3};
+  all.push_back(s);
+
+  // Record 0 is the base of experts 0 and 1; expert 2 has one level only.
+  s = {};
+  s.name = "a base shared by two experts, levels that are absent";
+  s.level_masks = {1, 3, 4};
+  s.record_pages = {2, 1, 1, 2};
+  s.experts = {0, 1, -1, 0, 2, 3, -1, -1, 3};
+  s.pages_per_slab = 1, s.max_slabs = 4, s.target_slabs = 4;
+  s.sessions = {{{0, 0, 1}, {2, 0, 2}}, {{1, 0, 1}, {0, 1, 1}}};
+  s.requests = {{2, upgrade}, {0, prefetch}};
+  s.evictions = 1, s.give_ups = 1;
+  all.push_back(s);
+
+  s.name = "a shared base that is damaged, and a budget that shrinks";
+  s.evictions = 0, s.give_ups = 0, s.corruptions = 1;
+  s.requests = {{0, prefetch}};
+  s.targets = {3, 4};
   all.push_back(s);
 
   s = {};

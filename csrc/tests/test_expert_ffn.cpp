@@ -14,6 +14,7 @@
 
 #include "../cpu/expert_ffn.h"
 #include "../cpu/parallel.h"
+#include "../ladder/codec.h"
 
 using namespace comoe;
 
@@ -80,7 +81,7 @@ struct Expert {
   std::vector<std::vector<uint8_t>> payload{kNumRecords};
   std::vector<uint8_t> arena;
   std::vector<std::vector<const uint8_t*>> pages{kNumRecords};
-  ExpertView view;
+  PagedBytes records[kNumRecords];
 
   Expert(const ExpertGeometry& geometry, int64_t page_size) : g(geometry), page_bytes(page_size) {
     for (int r = 0; r < kNumRecords; ++r) {
@@ -100,16 +101,26 @@ struct Expert {
         for (int64_t z = 16; z < 32; ++z)
           payload[0][g.params_offset(m) + i * kParamsBytes + z] =
               static_cast<uint8_t>(100 + rng() % 56);
-      const int64_t size = dtype_bytes(g.exact_dtype);
+      const int64_t size = dtype_bytes(g.exact_bias_dtype());
       std::memset(payload[4].data() + g.blocks_offset(4, m), 0, s.num_blocks() * g.block_bytes(4));
       for (int64_t r = 0; r < s.rows; ++r)
         for (int64_t c = 0; c < s.cols; ++c)
-          put_random(payload[4].data() + exact_at(m, r, c), g.exact_dtype,
-                     1 / std::sqrt(double(s.cols)));
+          if (is_coded(g.exact_dtype))
+            put_code(m, r, c);
+          else
+            put_random(payload[4].data() + exact_at(m, r, c), g.exact_bias_dtype(),
+                       1 / std::sqrt(double(s.cols)));
+      for (int64_t i = 0; i < s.row_tiles() * g.exact_scales_bytes(m); ++i) {
+        uint8_t* scale = payload[4].data() + g.exact_scales_offset(m) + i;
+        if (g.exact_dtype == ExactType::mxfp4)
+          *scale = static_cast<uint8_t>(rng() % 64 == 0 ? rng() % 3 : 118 + rng() % 5);
+        else if (i % 4 == 0)
+          put_random(scale, DType::fp32, 0.01);
+      }
       if (!g.biased) continue;
       for (int64_t r = 0; r < s.rows; ++r) {
         put_random(payload[0].data() + g.bias_offset(m) + 4 * r, DType::fp32, 1);
-        put_random(payload[4].data() + g.exact_bias_offset(m) + size * r, g.exact_dtype, 1);
+        put_random(payload[4].data() + g.exact_bias_offset(m) + size * r, g.exact_bias_dtype(), 1);
       }
     }
     int64_t total = 0;
@@ -127,7 +138,7 @@ struct Expert {
         std::memcpy(page, payload[r].data() + at, std::min(page_bytes, size - at));
         pages[r].push_back(page);
       }
-      view.records[r] = {pages[r].data(), page_bytes};
+      records[r] = {pages[r].data(), page_bytes};
     }
   }
 
@@ -135,13 +146,52 @@ struct Expert {
     const int64_t block = r / 16 * g.matrix(m).col_blocks() + c / 32;
     const int64_t at = g.blocks_offset(4, m) + block * g.block_bytes(4);
     r %= 16, c %= 32;
-    return g.exact_dtype == DType::fp32 ? at + 64 * c + 4 * r
-                                        : at + 64 * (c / 2) + 4 * r + 2 * (c % 2);
+    return g.exact_dtype == ExactType::fp32
+               ? at + 64 * c + 4 * r
+               : at + (32 * (c / 2) + 2 * r + c % 2) * exact_bits(g.exact_dtype) / 8;
+  }
+
+  // mxfp4: the byte and the bit where the code of a weight lies.
+  std::pair<int64_t, int> nibble_at(int m, int64_t r, int64_t c) const {
+    const int64_t block = r / 16 * g.matrix(m).col_blocks() + c / 32;
+    r %= 16, c %= 32;
+    const int64_t vector = c / 8, j = c % 8 / 2, i = c % 2;
+    return {g.blocks_offset(4, m) + 256 * block + 64 * vector + 2 * (2 * r + i) + j / 2,
+            static_cast<int>(4 * (j % 2))};
+  }
+
+  void put_code(int m, int64_t r, int64_t c) {
+    if (g.exact_dtype == ExactType::fp8) {
+      uint8_t code = static_cast<uint8_t>(rng());
+      if ((code & 0x7f) == 0x7f) code ^= 1;  // NaN
+      payload[4][exact_at(m, r, c)] = code;
+    } else {
+      const auto [at, shift] = nibble_at(m, r, c);
+      payload[4][at] |= static_cast<uint8_t>(rng() % 16 << shift);
+    }
+  }
+
+  double coded_weight(int m, int64_t row, int64_t col) const {
+    const MatrixGeometry s = g.matrix(m);
+    const int64_t scales = g.exact_scales_offset(m), tile = row / 16;
+    if (g.exact_dtype == ExactType::fp8) {
+      const int code = payload[4][exact_at(m, row, col)], e = code >> 3 & 15, f = code & 7;
+      const double size = e ? std::ldexp(8 + f, e - 10) : std::ldexp(f, -9);
+      return (code & 0x80 ? -size : size) *
+             value_of(payload[4].data() + scales + 4 * (tile * s.groups() + col / 128),
+                      DType::fp32);
+    }
+    const auto [at, shift] = nibble_at(m, row, col);
+    const double values[8] = {0, 0.5, 1, 1.5, 2, 3, 4, 6};
+    const int code = payload[4][at] >> shift & 15;
+    const int scale = payload[4][scales + 16 * (tile * s.col_blocks() + col / 32) + row % 16];
+    return std::ldexp(code & 8 ? -values[code & 7] : values[code & 7], scale - 127);
   }
 
   double weight(Level level, int m, int64_t row, int64_t col) const {
+    if (level == Level::exact && is_coded(g.exact_dtype)) return coded_weight(m, row, col);
     if (level == Level::exact)
-      return value_of(payload[4].data() + exact_at(m, row, col), g.exact_dtype);
+      return value_of(payload[4].data() + exact_at(m, row, col), g.exact_bias_dtype());
     const MatrixGeometry s = g.matrix(m);
     const int64_t block = row / 16 * s.col_blocks() + col / 32, r = row % 16, c = col % 32;
     const int64_t q = c / 4, lane = 4 * r + c % 4;
@@ -167,9 +217,9 @@ struct Expert {
   double bias(Level level, int m, int64_t row) const {
     if (!g.biased) return 0;
     return level == Level::exact
-               ? value_of(
-                     payload[4].data() + g.exact_bias_offset(m) + dtype_bytes(g.exact_dtype) * row,
-                     g.exact_dtype)
+               ? value_of(payload[4].data() + g.exact_bias_offset(m) +
+                              dtype_bytes(g.exact_bias_dtype()) * row,
+                          g.exact_bias_dtype())
                : value_of(payload[0].data() + g.bias_offset(m) + 4 * row, DType::fp32);
   }
 };
@@ -193,15 +243,17 @@ double act(Activation a, double x) {
   }
 }
 
-std::vector<double> reference(const Expert& e, const FfnSpec& spec, Level level,
-                              const std::vector<double>& x) {
-  const ExpertGeometry& g = e.g;
+// weight(m, row, col), bias(m, row).
+template <class Weight, class Bias>
+std::vector<double> reference(const FfnSpec& spec, const std::vector<double>& x, Weight&& weight,
+                              Bias&& bias) {
+  const ExpertGeometry& g = spec.geometry;
   auto multiply = [&](int m, const std::vector<double>& v) {
     const MatrixGeometry s = g.matrix(m);
     std::vector<double> out(s.rows);
     for (int64_t r = 0; r < s.rows; ++r) {
-      out[r] = e.bias(level, m, r);
-      for (int64_t c = 0; c < s.cols; ++c) out[r] += e.weight(level, m, r, c) * v[c];
+      out[r] = bias(m, r);
+      for (int64_t c = 0; c < s.cols; ++c) out[r] += weight(m, r, c) * v[c];
     }
     return out;
   };
@@ -233,15 +285,16 @@ void check_ffn(const Expert& e, Activation activation, Level level, DType x_dtyp
     }
   std::vector<int32_t> token(num_rows), pair(num_rows);
   for (int i = 0; i < num_rows; ++i) token[i] = num_rows - 1 - i, pair[i] = i + 1;
-  ExpertView view = e.view;
-  view.level = level;
+  const ExpertView view(level, e.records);
   const FfnTask tasks[] = {{&view, nullptr, nullptr, 0},
                            {&view, token.data(), pair.data(), num_rows}};
   std::vector<float> out((num_rows + 2) * g.hidden, 123.0f);
   expert_ffn(spec, tasks, 2, x.data(), x_dtype, stride, out.data());
   double error = 0, norm = 0;
   for (int i = 0; i < num_rows; ++i) {
-    const auto want = reference(e, spec, level, rows[token[i]]);
+    const auto want = reference(
+        spec, rows[token[i]], [&](int m, int64_t r, int64_t c) { return e.weight(level, m, r, c); },
+        [&](int m, int64_t r) { return e.bias(level, m, r); });
     for (int64_t h = 0; h < g.hidden; ++h) {
       const double d = out[pair[i] * g.hidden + h] - want[h];
       error += d * d, norm += want[h] * want[h];
@@ -267,8 +320,7 @@ void check_ffn(const Expert& e, Activation activation, Level level, DType x_dtyp
 }
 
 void check_unpack(const Expert& e, Level level) {
-  ExpertView view = e.view;
-  view.level = level;
+  const ExpertView view(level, e.records);
   for (int m = 0; m < e.g.num_matrices(); ++m) {
     const MatrixGeometry s = e.g.matrix(m);
     const int64_t ld = s.cols + 3;
@@ -291,6 +343,128 @@ void check_unpack(const Expert& e, Level level) {
     for (int64_t r = 0; r < s.rows; ++r)
       expect(bias[r] == float(e.bias(level, m, r)), what + " bias");
   }
+}
+
+// Bytes in shuffled pages among bytes that no one may read.
+struct Paged {
+  std::vector<uint8_t> arena;
+  std::vector<const uint8_t*> pages;
+  PagedBytes bytes;
+  Paged(const std::vector<uint8_t>& payload, int64_t page_bytes) {
+    const auto size = static_cast<int64_t>(payload.size());
+    const int64_t count = ceil_div(size, page_bytes);
+    arena.assign(count * page_bytes + 64, 0xff);
+    uint8_t* base = arena.data() + (64 - reinterpret_cast<uintptr_t>(arena.data()) % 64) % 64;
+    for (int64_t i = 0; i < count; ++i) {
+      uint8_t* page = base + (count - 1 - i) * page_bytes;
+      std::memcpy(page, payload.data() + i * page_bytes,
+                  std::min(page_bytes, size - i * page_bytes));
+      pages.push_back(page);
+    }
+    bytes = {pages.data(), page_bytes};
+  }
+};
+
+// Two code sets of different depth, two low-rank deltas and a mean: the sum of all, and mean alone.
+void check_composite(const Expert& a, const Expert& b, DType x_dtype) {
+  const ExpertGeometry& g = a.g;
+  ExpertView view(Level::bits3, a.records);
+  view.parts.push_back(ExpertView(Level::bits8, b.records).parts[0]);
+  std::vector<std::vector<float>> dense;
+  for (int m = 0; m < g.num_matrices(); ++m) {
+    const MatrixGeometry s = g.matrix(m);
+    for (int64_t r = 0; r < s.rows; ++r)
+      for (int64_t c = 0; c < s.cols; ++c) {
+        if (r == 0 && c == 0) dense.emplace_back();
+        dense[m].push_back(
+            static_cast<float>(a.weight(Level::bits3, m, r, c) + b.weight(Level::bits8, m, r, c)));
+      }
+  }
+  std::vector<Paged> kept;
+  kept.reserve(3);
+  const uint16_t ranks[2][kMaxMatrices] = {{16, 0, 32}, {7, 20, 0}};
+  for (const auto& rank : ranks) {
+    const CodedLayout layout = low_rank_layout(g, rank);
+    std::vector<std::vector<float>> factors;
+    std::vector<const float*> sources;
+    for (int i = 0; i < layout.count; ++i) {
+      const MatrixGeometry s = layout.matrices[i];
+      factors.emplace_back(s.rows * s.cols);
+      for (float& f : factors.back()) f = static_cast<float>(normal() / std::sqrt(double(s.cols)));
+      sources.push_back(factors.back().data());
+    }
+    std::vector<uint8_t> payload(layout.record_bytes(0, kNumPlanes));
+    encode_coded(layout, sources.data(), nullptr, kNumPlanes, payload.data());
+    kept.emplace_back(payload, a.page_bytes);
+    LowRankView low_rank;
+    low_rank.record = kept.back().bytes;
+    std::copy(rank, rank + kMaxMatrices, low_rank.ranks);
+    view.low_rank.push_back(low_rank);
+    for (int m = 0; m < g.num_matrices(); ++m) {
+      const MatrixGeometry s = g.matrix(m);
+      for (int64_t r = 0; r < s.rows; ++r)
+        for (int64_t c = 0; c < s.cols; ++c)
+          for (int64_t k = 0; k < rank[m]; ++k)
+            dense[m][r * s.cols + c] +=
+                factors[2 * m + 1][r * rank[m] + k] * factors[2 * m][k * s.cols + c];
+    }
+  }
+  std::vector<uint8_t> mean(mean_bytes(g));
+  for (int64_t h = 0; h < g.hidden; ++h) put_random(mean.data() + 4 * h, DType::fp32, 1);
+  kept.emplace_back(mean, a.page_bytes);
+  view.means.push_back(kept.back().bytes);
+
+  for (int m = 0; m < g.num_matrices(); ++m) {
+    const MatrixGeometry s = g.matrix(m);
+    std::vector<float> out(s.rows * s.cols), bias(s.rows);
+    unpack_matrix(g, view, m, out.data(), DType::fp32, s.cols);
+    double error = 0, norm = 0;
+    for (int64_t i = 0; i < s.rows * s.cols; ++i)
+      error += std::pow(out[i] - dense[m][i], 2), norm += std::pow(dense[m][i], 2);
+    expect(error <= 1e-5 * norm, "unpack of a sum, matrix " + std::to_string(m));
+    if (!g.biased) continue;
+    unpack_bias(g, view, m, bias.data());
+    for (int64_t r = 0; r < s.rows; ++r)
+      expect(std::fabs(bias[r] - a.bias(Level::bits3, m, r) - b.bias(Level::bits8, m, r)) < 1e-5,
+             "bias of a sum");
+  }
+
+  FfnSpec spec{g, Activation::relu, 0, 0};
+  const int num_rows = 11;
+  const int64_t size = dtype_bytes(x_dtype);
+  std::vector<uint8_t> x(num_rows * g.hidden * size);
+  std::vector<std::vector<double>> rows(num_rows, std::vector<double>(g.hidden));
+  std::vector<int32_t> token(num_rows), pair(num_rows), other(1, 3), last(1, num_rows);
+  for (int t = 0; t < num_rows; ++t) {
+    token[t] = num_rows - 1 - t, pair[t] = t;
+    for (int64_t h = 0; h < g.hidden; ++h) {
+      put_random(x.data() + (t * g.hidden + h) * size, x_dtype, 1);
+      rows[t][h] = value_of(x.data() + (t * g.hidden + h) * size, x_dtype);
+    }
+  }
+  ExpertView only_mean;
+  only_mean.means = view.means;
+  const FfnTask tasks[] = {{&view, token.data(), pair.data(), num_rows},
+                           {&only_mean, other.data(), last.data(), 1}};
+  std::vector<float> out((num_rows + 1) * g.hidden, NAN);
+  expert_ffn(spec, tasks, 2, x.data(), x_dtype, g.hidden, out.data());
+  double error = 0, norm = 0;
+  for (int i = 0; i < num_rows; ++i) {
+    const auto want = reference(
+        spec, rows[token[i]],
+        [&](int m, int64_t r, int64_t c) { return dense[m][r * g.matrix(m).cols + c]; },
+        [&](int m, int64_t r) { return a.bias(Level::bits3, m, r) + b.bias(Level::bits8, m, r); });
+    for (int64_t h = 0; h < g.hidden; ++h) {
+      const double with_mean = want[h] + value_of(mean.data() + 4 * h, DType::fp32);
+      error += std::pow(out[i * g.hidden + h] - with_mean, 2), norm += with_mean * with_mean;
+    }
+  }
+  expect(std::sqrt(error / norm) <= 6e-2, "expert_ffn of a sum, x " + std::to_string(int(x_dtype)) +
+                                              " error " + std::to_string(std::sqrt(error / norm)));
+  bool same = true;
+  for (int64_t h = 0; h < g.hidden; ++h)
+    same &= out[num_rows * g.hidden + h] == float(value_of(mean.data() + 4 * h, DType::fp32));
+  expect(same, "a mean alone is the output");
 }
 
 void check_combine() {
@@ -351,12 +525,18 @@ int main() {
   for (const char* isa : isa_names()) {
     force_isa(isa);
     const DType dtypes[] = {DType::fp32, DType::bf16, DType::fp16};
-    for (DType exact : dtypes) {
+    for (int exact = 0; exact < kNumExactTypes; ++exact) {
       ExpertGeometry g;
-      g.hidden = 37, g.intermediate = 163, g.gated = true, g.biased = true, g.exact_dtype = exact;
+      g.hidden = 37, g.intermediate = 163, g.gated = true, g.biased = true,
+      g.exact_dtype = static_cast<ExactType>(exact);
       const Expert odd(g, 4096);
       g.hidden = 160, g.intermediate = 64, g.gated = false, g.biased = false;
       const Expert even(g, 8192);
+      if (exact == 0)
+        for (DType x : dtypes) {
+          check_composite(even, Expert(g, 4096), x);
+          check_composite(odd, Expert(odd.g, 4096), x);
+        }
       for (int level = 0; level < 5; ++level) {
         const Level l = static_cast<Level>(level);
         check_unpack(odd, l);

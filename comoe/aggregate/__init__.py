@@ -1,0 +1,1 @@
+"""How coarse an expert may be: calibration, merging, decomposition, rounding, and the choice among them."""
