@@ -10,6 +10,7 @@ import torch
 
 import comoe
 from comoe.aggregate.allocate import Losses, interpolated
+from comoe.aggregate.based import Based
 from comoe.aggregate.build import Workshop, aggregate
 from comoe.aggregate.candidates import Mean, Merged, Packed, Rounded, layer_menu
 from comoe.aggregate.experts import Expert
@@ -18,7 +19,7 @@ from comoe.aggregate.sweep import Sweep, plot_rows, price_of_change, run_sweep
 from comoe.policy.solver import InfeasibleError
 from comoe.store import Store
 
-SOURCES = (Packed(), Rounded(2), Merged(2, 3), Mean())
+SOURCES = (Packed(), Rounded(2), Merged(2, 3), Based(), Mean())
 
 
 @pytest.fixture(scope="module")
