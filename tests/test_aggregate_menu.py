@@ -16,11 +16,15 @@ from comoe.aggregate.based import Based, usual_rank
 from comoe.aggregate.build import Workshop, aggregate
 from comoe.aggregate.calibrate import calibrate
 from comoe.aggregate.candidates import Mean, Packed, Rounded, layer_menu
+from comoe.aggregate.coded_layer import run_experts
 from comoe.aggregate.errors import AggregateError
 from comoe.aggregate.spill import Spill
 from comoe.aggregate.stored import StoredRungs
 from comoe.aggregate.tuning import CHECKPOINTS, windows
 from comoe.cli import app
+from comoe.hf.attach import replaced
+from comoe.policy.curve import CurvePlanner
+from comoe.policy.plan import Plan
 from comoe.store import AddedRecord, Store
 from comoe.store import format as fmt
 
@@ -103,11 +107,20 @@ def test_a_chosen_level_runs_as_reconstructed(packed, tmp_path, name, monkeypatc
                 for a, b in zip(stored.matrices, expert.matrices, strict=True):
                     torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
             stand_ins.append(layer)
-        from comoe.aggregate.judge import _replaced
 
-        layers = {i: layer.__getitem__ for i, layer in enumerate(stand_ins)}
-        with _replaced(shop.model, shop.weights, layers):
+        def reconstructed(layer, hidden, index, gates):
+            return run_experts(stand_ins[layer], shop.weights.specs[layer], hidden, index, gates)
+
+        with replaced(shop.model, reconstructed):
             want = shop.model(ids).logits.float()
+    # A model this small fits in full, which the planner would prefer.
+    monkeypatch.setattr(
+        CurvePlanner,
+        "plan",
+        lambda self, sizes, pool_bytes, *, exact: Plan(
+            sizes.levels, self._curve.levels[0], self._curve.levels[0], True, 0, pool_bytes, 0.0
+        ),
+    )
     model = comoe.load(folder)
     try:
         model.comoe.wait_ready()
@@ -250,7 +263,7 @@ def test_options_that_do_not_go_together(packed, tmp_path):
     method = ["--method", "hc-smoe", "--experts", "2", "--out", str(tmp_path / "out")]
     for arguments, message in (
         ([*method, "--distil", "4"], "leave it out"),
-        (["--distil", "-1"], "-1"),
+        (["--distil", "-1"], "--distil"),
     ):
         result = CliRunner().invoke(app, ["aggregate", str(packed), *arguments])
         assert result.exit_code == 2 and message in result.output
