@@ -10,6 +10,7 @@ import torch
 
 import comoe
 from comoe.aggregate.allocate import Losses, interpolated
+from comoe.aggregate.based import Based
 from comoe.aggregate.build import Workshop, aggregate
 from comoe.aggregate.candidates import Mean, Merged, Packed, Rounded, layer_menu
 from comoe.aggregate.experts import Expert
@@ -18,7 +19,7 @@ from comoe.aggregate.sweep import Sweep, plot_rows, price_of_change, run_sweep
 from comoe.policy.solver import InfeasibleError
 from comoe.store import Store
 
-SOURCES = (Packed(), Rounded(2), Merged(2, 3), Mean())
+SOURCES = (Packed(), Rounded(2), Merged(2, 3), Based(), Mean())
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +73,8 @@ def test_the_store_holds_what_was_measured(packed, aggregated):
         rungs = StoredRungs(shop.weights)
         for statistics in shop.statistics:
             menu = layer_menu(statistics, SOURCES)
-            for rung in menu.rungs:
+            assert {rung.name for rung in menu.rungs} == {*report.levels, *report.unused}
+            for rung in (rung for rung in menu.rungs if rung.name in report.levels):
                 level = report.levels.index(rung.name)
                 for expert in (0, 3):
                     _same(rungs.expert(statistics.layer_idx, expert, level), rung.stand_in(expert))

@@ -12,7 +12,7 @@ of those of their kind, interpolated in the logarithm of the error.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -56,6 +56,16 @@ class Losses:
     def only(self, names: Sequence[str]) -> np.ndarray:
         """bool [L]: the named levels."""
         return np.isin(self.levels, names)
+
+    def restricted(self, kept: np.ndarray) -> Losses:
+        """The same with the levels of `kept` bool [L] alone, which has those that are floors."""
+        number = np.cumsum(kept) - 1
+        return replace(
+            self,
+            levels=tuple(np.array(self.levels)[kept].tolist()),
+            floor=number[self.floor] * (self.floor > 0),
+            **{name: getattr(self, name)[:, kept] for name in ("loss", "own", "shared", "error")},
+        )
 
     def solve(
         self,
@@ -101,9 +111,9 @@ def measure_errors(statistics: LayerStatistics, menu: LayerMenu) -> tuple[np.nda
     for expert in range(num_experts):
         energy[expert] = statistics.gated_energy(expert)
         for number, rung in enumerate(menu.rungs):
-            stand_in = rung.stand_in(expert)
             if rung.own[expert] < 0:
                 continue
+            stand_in = rung.stand_in(expert)
             error[expert, number] = (
                 0.0 if stand_in is None else statistics.gated_error(expert, stand_in)
             )
@@ -181,12 +191,16 @@ def losses_of(
         parts["loss"].append(error * sensitivity[order])
         parts["own"].append(np.stack([menu.rungs[i].own for i in order], 1))
         shared = np.full((*error.shape, 1), -1)
+        places: dict[int, int] = {}  # of shared_bytes that were seen: rungs may stand on one base
         for column, i in enumerate(order):
             rung = menu.rungs[i]
             if rung.shared is not None:
-                shared[:, column, 0] = np.where(rung.shared >= 0, base + rung.shared, -1)
-                shared_bytes.append(rung.shared_bytes)
-                base += len(rung.shared_bytes)
+                if id(rung.shared_bytes) not in places:
+                    places[id(rung.shared_bytes)] = base
+                    shared_bytes.append(rung.shared_bytes)
+                    base += len(rung.shared_bytes)
+                at = places[id(rung.shared_bytes)]
+                shared[:, column, 0] = np.where(rung.shared >= 0, at + rung.shared, -1)
         parts["shared"].append(shared)
     tables = {name: np.concatenate(arrays) for name, arrays in parts.items()}
     tables["loss"] = np.maximum(tables["loss"], 0.0)

@@ -1,10 +1,11 @@
 """Aggregates a packed folder: calibration, candidates, measured losses, and a store that has them all.
 
-    calibrate -> for each layer: rungs, their gated errors, a new layer file -> losses, curve -> swap
+    calibrate [-> distil] -> for each layer: rungs, their gated errors -> losses, curve
+              -> layer files with the records of the levels that the curve uses -> swap
 
 The packed folder stays as it was until everything is written beside it; then its experts folder is
 replaced by a rename. Memory: the model under its budget, and the rungs of one layer in float32 (of all
-layers where the result is to be validated).
+layers where the result is to be validated, or distilled); records wait on disk until the curve is known.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from comoe.aggregate.allocate import (
     measure_errors,
     measure_sensitivity,
 )
+from comoe.aggregate.based import Based
 from comoe.aggregate.calibrate import Text, calibrate
 from comoe.aggregate.calibration import Calibration
 from comoe.aggregate.candidates import (
@@ -41,9 +43,12 @@ from comoe.aggregate.candidates import (
 from comoe.aggregate.errors import AggregateError
 from comoe.aggregate.experts import ExpertWeights
 from comoe.aggregate.judge import Judge
+from comoe.aggregate.spill import Spill
 from comoe.aggregate.statistics import LayerStatistics, super_experts
+from comoe.aggregate.tuning import CHECKPOINTS, tuned
 from comoe.evaluate import Window
 from comoe.policy.plan import Levels
+from comoe.policy.solver import Solution
 from comoe.store import Store, StoreWriter, copied_experts, write_losses
 from comoe.store import format as fmt
 
@@ -54,8 +59,10 @@ SOURCES: tuple[Source, ...] = (
     Rounded(4),
     Merged(2, 2),
     Merged(2, 3),
+    Based(),
     Mean(),
 )
+DISTILLED = 2  # bits of the set that distillation tunes: the coarsest, where it gains most
 CURVE = tuple(np.round(np.geomspace(0.02, 1.0, 48), 4).tolist())
 VALIDATED = (0.3, 0.2, 0.14)  # fractions at which the prediction is compared with a measurement
 
@@ -67,6 +74,9 @@ class Report:
     """What aggregation found; seconds per stage.
 
     predicted: rows of fraction, predicted and measured KL (nats per token) on held-out calibration text.
+    distilled: level, kept, before and after (KL of all experts at that level on held-out calibration text),
+    steps and seconds; empty without distillation.  unused: levels that no point of the curve uses, which are
+    not in the store.
     """
 
     levels: tuple[str, ...] = ()
@@ -75,6 +85,8 @@ class Report:
     seconds: dict[str, float] = field(default_factory=dict)
     predicted: list[dict[str, float]] = field(default_factory=list)
     curve: list[dict[str, float]] = field(default_factory=list)
+    distilled: dict[str, Any] = field(default_factory=dict)
+    unused: list[str] = field(default_factory=list)
 
 
 class Workshop:
@@ -124,14 +136,18 @@ def aggregate(
     tokens: int = 49_152,
     sources: Sequence[Source] = SOURCES,
     validate: bool = True,
+    distil: int = 0,
     progress: Progress = lambda stage, done, total: None,
 ) -> Report:
-    """Gives the packed folder `dst` all rungs of `sources`, their measured losses and the curve.
+    """Gives the packed folder `dst` the rungs of `sources` that are worth it, their losses and the curve.
 
     texts: domain -> text to calibrate on; None: the calibration that is in `dst`.  memory, tokens: as for
-    `calibrate`.  Raises AggregateError, CalibrationError and StoreError; `dst` is then as it was.
+    `calibrate`.  distil: steps of distillation of the 2-bit codes (0: none); if interrupted, the same call
+    goes on where its last checkpoint was.  Raises AggregateError, CalibrationError and StoreError; `dst` is
+    then as it was, but for a new calibration and for such checkpoints.
     """
     dst = Path(dst)
+    _check_distil(distil, sources)
     report, clock = Report(), _Clock()
     if texts is not None:
         calibrate(
@@ -142,15 +158,19 @@ def aggregate(
             progress=lambda done, total: progress("calibrating", done, total),
         )
         clock.note(report, "calibrate")
+    if distil:
+        source, report.distilled = tuned(dst, DISTILLED, distil, memory=memory, progress=progress)
+        sources = [source if x == Rounded(DISTILLED) else x for x in sources]
+        clock.note(report, "distil")
     with Workshop(dst, memory=memory) as shop:
         report.tokens = shop.calibration.num_tokens
         with shop.judge() as judge:
             partial = dst / "experts.partial"
             shutil.rmtree(partial, ignore_errors=True)
             try:
-                writer = StoreWriter(partial)
+                writer, spill = StoreWriter(partial), Spill(partial / "added.bin")
                 menus, errors, sensitivities = _layers(
-                    shop, judge, writer, sources, validate, progress
+                    shop, judge, spill, sources, validate, progress
                 )
                 clock.note(report, "layers")
                 losses = losses_of(
@@ -161,8 +181,9 @@ def aggregate(
                     super_experts([s.peaks for s in shop.statistics]),
                     shop.full_bytes,
                 )
-                _finish(shop.weights.store, writer, menus, losses)
-                _write_curve(partial, losses, report)
+                losses, points = _pruned(losses, menus, report)
+                _write_store(shop.weights.store, writer, menus, losses, progress)
+                _write_curve(partial, losses, points, report)
                 clock.note(report, "curve")
                 if validate:
                     _validate(judge, menus, losses, report, progress)
@@ -170,6 +191,7 @@ def aggregate(
                 _swap(dst, partial)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(dst / CHECKPOINTS, ignore_errors=True)
     report.levels = losses.levels
     floors = np.flatnonzero(losses.floor)
     first = np.searchsorted(losses.layer, losses.layer[floors])
@@ -177,6 +199,16 @@ def aggregate(
         (int(losses.layer[x]), int(x - at)) for x, at in zip(floors, first, strict=True)
     ]
     return report
+
+
+def _check_distil(steps: int, sources: Sequence[Source]) -> None:
+    if steps < 0:
+        raise AggregateError(f"aggregate: distil: expected steps >= 0 (0: none), got {steps}")
+    if steps and Rounded(DISTILLED) not in sources:
+        raise AggregateError(
+            f"aggregate: distil tunes the codes of Rounded({DISTILLED}), which is not among sources; add it, "
+            "or leave distil at 0"
+        )
 
 
 class _Clock:
@@ -192,31 +224,20 @@ class _Clock:
 def _layers(
     shop: Workshop,
     judge: Judge,
-    writer: StoreWriter,
+    spill: Spill,
     sources: Sequence[Source],
     keep: bool,
     progress: Progress,
 ) -> tuple[list[LayerMenu], list[tuple[np.ndarray, np.ndarray]], list[np.ndarray]]:
-    """Makes, measures and writes the rungs of one layer after the other."""
-    store, total = shop.weights.store, len(shop.statistics)
+    """Makes and measures the rungs of one layer after the other."""
+    total = len(shop.statistics)
     menus, errors, sensitivities = [], [], []
     for statistics in shop.statistics:
-        layer = statistics.layer_idx
-        progress("layers", layer, total)
+        progress("layers", statistics.layer_idx, total)
         menu = layer_menu(statistics, sources)
         errors.append(measure_errors(statistics, menu))
         sensitivities.append(measure_sensitivity(judge, menu, *errors[-1]))
-        info = store.layers[layer]
-        writer.add_layer(
-            info.name,
-            fmt.LayerSpec(**{f: getattr(info, f) for f in fmt.LayerSpec.__dataclass_fields__}),
-            copied_experts(store, layer),
-            added=menu.records,
-            fingerprint=os.urandom(
-                16
-            ),  # always written anew: payloads may differ where tables do not
-        )
-        menu.records = []
+        menu.records = spill.put(menu.records)
         if not keep:
             for rung in menu.rungs:
                 rung.stand_in = _gone
@@ -229,25 +250,60 @@ def _gone(expert: int) -> Any:
     raise RuntimeError("the rungs of this layer were not kept; aggregate with validate=True")
 
 
-def _finish(store: Store, writer: StoreWriter, menus: Sequence[LayerMenu], losses: Losses) -> None:
+def _pruned(
+    losses: Losses, menus: Sequence[LayerMenu], report: Report
+) -> tuple[Losses, list[Solution]]:
+    """The levels that some point of the curve uses, and those of packing, whose records are there anyway;
+    and the points. A level stays for all experts, since planes and bases are worth more in common."""
+    points = [solution for _, solution in losses.curve(CURVE)]
+    kept = np.array([menus[0].rung(n).mask < 1 << fmt.NUM_RECORDS for n in losses.levels])
+    kept[np.unique([point.choice for point in points])] = True
+    report.unused = [n for n, k in zip(losses.levels, kept, strict=True) if not k]
+    number = np.cumsum(kept) - 1
+    return losses.restricted(kept), [replace(p, choice=number[p.choice]) for p in points]
+
+
+def _write_store(
+    store: Store,
+    writer: StoreWriter,
+    menus: Sequence[LayerMenu],
+    losses: Losses,
+    progress: Progress,
+) -> None:
     masks = {rung.name: rung.mask for rung in menus[0].rungs}
+    levels = Levels(losses.levels, tuple(masks[name] for name in losses.levels))
+    used = np.bitwise_or.reduce(levels.masks)
+    for menu, info in zip(menus, store.layers, strict=True):
+        progress("writing", menu.layer, len(menus))
+        added = [
+            [r if used >> i & 1 else None for i, r in enumerate(own, fmt.NUM_RECORDS)]
+            for own in menu.records
+        ]
+        writer.add_layer(
+            info.name,
+            fmt.LayerSpec(**{f: getattr(info, f) for f in fmt.LayerSpec.__dataclass_fields__}),
+            copied_experts(store, menu.layer),
+            added=added,
+            # Always another one: payloads may differ where tables do not.
+            fingerprint=os.urandom(16),
+        )
+    progress("writing", len(menus), len(menus))
     manifest = store.manifest
     writer.finish(
         model_type=manifest.model_type,
         source=manifest.source,
         dense_bytes=manifest.dense_bytes,
-        levels=Levels(losses.levels, tuple(masks[name] for name in losses.levels)),
+        levels=levels,
         **manifest.extra,
     )
 
 
-def _write_curve(partial: Path, losses: Losses, report: Report) -> None:
-    points = losses.curve(CURVE)
-    level = np.stack([solution.choice for _, solution in points]).astype(np.uint8)
-    nbytes = np.array([losses.bytes_of(solution.choice) for _, solution in points], np.int64)
+def _write_curve(partial: Path, losses: Losses, points: Sequence[Solution], report: Report) -> None:
+    level = np.stack([solution.choice for solution in points]).astype(np.uint8)
+    nbytes = np.array([losses.bytes_of(solution.choice) for solution in points], np.int64)
     order = np.argsort(nbytes, kind="stable")
     expert = np.concatenate([np.arange(n) for n in np.bincount(losses.layer)])
-    predicted = np.array([solution.loss for _, solution in points], np.float32)
+    predicted = np.array([solution.loss for solution in points], np.float32)
     write_losses(
         partial,
         {

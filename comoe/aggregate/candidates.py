@@ -5,7 +5,9 @@ one list of levels (name, record mask) serves the whole store:
 
     Packed        2, 3, 4, 8: the planes that packing wrote                       no new records
     Rounded(b)    2c, 3c, 4c: codes chosen with second moments of the inputs      planes of b bits
+    Tuned(b)      the same sets after distillation (comoe/aggregate/tuning.py)    planes of b bits
     Merged(n, b)  E/n groups, each one expert for all its members, in b bits      planes, shared
+    Based         a layer's base and a residual, or a low-rank delta (based.py)   shared planes, both deltas
     Mean          a vector: the expert's mean output                              one record
 
 A coded set is made for the error of the output (comoe/aggregate/rounding.py), of exact experts and of
@@ -22,7 +24,7 @@ import numpy as np
 import torch
 
 from comoe.aggregate import merging
-from comoe.aggregate.coded import to_payloads
+from comoe.aggregate.coded import CodedMatrix, to_payloads
 from comoe.aggregate.experts import Expert, ExpertWeights
 from comoe.aggregate.judge import Approximation
 from comoe.aggregate.rounding import round_matrices, shape_of
@@ -41,8 +43,8 @@ class Rung:
     """One level of one layer.
 
     own: int64 [E] bytes of the expert's own records, -1 where it has no such level.  shared: int64 [E],
-    which entry of `shared_bytes` it needs beside them, or -1.  kind: rungs of one kind err alike, so one
-    may tell the sensitivity of another.  probe: whether this rung's damage is measured in the whole model.
+    which entry of `shared_bytes` it needs beside them, or -1; rungs on the same records have the same array
+    object as `shared_bytes`.  kind: rungs of one kind err alike, so one may tell the sensitivity of another.  probe: whether this rung's damage is measured in the whole model.
     """
 
     name: str
@@ -152,16 +154,26 @@ def coded_set(
     expert: Expert, moments: tuple[torch.Tensor, torch.Tensor] | None, bits: int
 ) -> CodedSet:
     """Codes that move the output least, for the given second moments (of inputs, of intermediates)."""
+    return set_of(expert, rounded_matrices(expert, moments, bits), bits)
+
+
+def rounded_matrices(
+    expert: Expert, moments: tuple[torch.Tensor, torch.Tensor] | None, bits: int
+) -> list[CodedMatrix]:
     count = len(expert.matrices)
     each = [None] * count if moments is None else [moments[0]] * (count - 1) + [moments[1]]
-    coded = round_matrices(expert.matrices, each, anchor=bits)
+    return round_matrices(expert.matrices, each, anchor=bits)
+
+
+def set_of(expert: Expert, coded: Sequence[CodedMatrix], bits: int) -> CodedSet:
+    """Coded matrices of an expert as records; its biases stay as they are."""
     shape = shape_of(expert.matrices, biased=bool(expert.biases))
     payloads = to_payloads(shape, coded, [b.float().numpy() for b in expert.biases], bits=bits)
     matrices = tuple(torch.from_numpy(np.ascontiguousarray(m.decode(bits))) for m in coded)
     return CodedSet(Expert(matrices, expert.biases), payloads)
 
 
-def _place(
+def place(
     menu: LayerMenu, expert: int, at: int, found: CodedSet, bits: int, group: int = -1
 ) -> None:
     """Writes a set's records to places `at`, `at` + 1, ... of an expert; those of a group are shared."""
@@ -177,7 +189,7 @@ def _place(
         )
 
 
-def _mask(first: int, count: int) -> int:
+def mask_of(first: int, count: int) -> int:
     return ((1 << count) - 1) << first
 
 
@@ -196,14 +208,30 @@ class Rounded:
         return f"{self.bits}c"
 
     def add(self, menu: LayerMenu, statistics: LayerStatistics, first: int) -> None:
+        found = self.sets(statistics)
+        for expert, own_set in enumerate(found):
+            place(menu, expert, first, own_set, self.bits)
+        own = np.array([f.nbytes for f in found], np.int64)
+        mask = mask_of(first, self.places)
+        menu.rungs.append(Rung(self.name, mask, own, lambda e: found[e].expert))
+
+    def sets(self, statistics: LayerStatistics) -> list[CodedSet]:
+        """One set per expert."""
         found = []
         for expert in range(statistics.spec.num_experts):
             exact = statistics.weights.expert(statistics.layer_idx, expert)
             found.append(coded_set(exact, statistics.second_moments(expert), self.bits))
-            _place(menu, expert, first, found[-1], self.bits)
-        own = np.array([f.nbytes for f in found], np.int64)
-        mask = _mask(first, self.places)
-        menu.rungs.append(Rung(self.name, mask, own, lambda e: found[e].expert))
+        return found
+
+
+@dataclass(frozen=True)
+class Tuned(Rounded):
+    """Sets that were made before: known[layer][expert]."""
+
+    known: Sequence[Sequence[CodedSet]] = ()
+
+    def sets(self, statistics: LayerStatistics) -> list[CodedSet]:
+        return list(self.known[statistics.layer_idx])
 
 
 class Mean:
@@ -256,12 +284,12 @@ class Merged:
             moments = group_moments(statistics, group)
             sets.append(coded_set(merge.experts[number], moments, self.bits))
             for expert in group:
-                _place(menu, expert, first, sets[-1], self.bits, group=number)
+                place(menu, expert, first, sets[-1], self.bits, group=number)
         groups = np.asarray(merge.groups)
         menu.rungs.append(
             Rung(
                 self.name,
-                _mask(first, self.places),
+                mask_of(first, self.places),
                 np.zeros(num_experts, np.int64),
                 lambda e: sets[groups[e]].expert,
                 groups.astype(np.int64),

@@ -216,11 +216,7 @@ class Sweep:
 
     def _aligned_moments(self, layer: int, expert: int) -> Any:
         """Second moments in the order of the base's neurons."""
-        inputs, inner = self.statistics[layer].second_moments(expert)
-        exact = self.shop.weights.expert(layer, expert).matrices[0]
-        aligned = self._base(layer)[0].members[expert].matrices[0]
-        order = (aligned[:, None, :] == exact[None]).all(-1).float().argmax(1)
-        return inputs, inner[order][:, order]
+        return self.statistics[layer].second_moments(expert, self._base(layer)[0].members[expert])
 
     def base_low_rank(self, fraction: float) -> Setting | None:
         limit = fraction * self.full_bytes

@@ -94,6 +94,15 @@ def aggregate(
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder for the checkpoint of --method.")
     ] = None,
+    distil: Annotated[
+        int,
+        typer.Option(
+            "--distil",
+            metavar="STEPS",
+            min=0,
+            help="Tune the 2-bit codes for this many steps, towards what the exact model predicts (0: no).",
+        ),
+    ] = 0,
     as_json: Json = False,
 ) -> None:
     """Give a packed model more rungs, measure what each costs in quality, and choose for every budget.
@@ -102,10 +111,16 @@ def aggregate(
     the rungs, their losses and the curve of best choices into DST.
 
     Example:  comoe aggregate ./qwen3-packed --text book.txt --text code.py --memory 8GB
+    Example:  comoe aggregate ./qwen3-packed --text book.txt --distil 60
     Example:  comoe aggregate ./qwen3-packed --method hc-smoe --experts 32 --out ./qwen3-32
     """
     if (method is None) != (experts is None) or (method is not None and out is None):
         raise typer.BadParameter("--method, --experts and --out belong together")
+    if method is not None and distil:
+        raise typer.BadParameter(
+            "tunes the codes of a packed model; a checkpoint made by --method has none, so leave it out",
+            param_hint="--distil",
+        )
     with output(as_json) as emit:
         quiet_transformers()
         texts = domains_of(text) if text else None
@@ -130,7 +145,7 @@ def aggregate(
         from comoe.aggregate.build import aggregate as run
 
         with stage_bar() as update:
-            report = run(path, texts, memory=memory, tokens=tokens, progress=update)
+            report = run(path, texts, memory=memory, tokens=tokens, distil=distil, progress=update)
         summary = asdict(report)
         if as_json:
             emit(summary)

@@ -182,6 +182,19 @@ def show_calibration(summary: dict[str, Any]) -> None:
 def show_aggregation(summary: dict[str, Any]) -> None:
     console = _console()
     console.print(f"levels, coarsest first: {', '.join(summary['levels'])}", highlight=False)
+    if summary["unused"]:
+        unused = ", ".join(summary["unused"])
+        console.print(
+            f"not written, since no point of the curve uses them: {unused}", highlight=False
+        )
+    if summary["distilled"]:
+        found = summary["distilled"]
+        verdict = "kept" if found["kept"] else "not kept, since it is not better"
+        console.print(
+            f"distillation of {found['level']}, {found['steps']} steps: held-out KL {found['before']:.5f} -> "
+            f"{found['after']:.5f} ({verdict})",
+            highlight=False,
+        )
     if summary["super_experts"]:
         names = ", ".join(f"{e} of layer {layer}" for layer, e in summary["super_experts"])
         console.print(f"super experts, never below 8 bits: {names}", highlight=False)
