@@ -36,11 +36,12 @@ class Window:
 
 @dataclass
 class Score:
-    """Sums over scored tokens."""
+    """Sums over scored tokens; kl: KL(this run || the other), kl_back: KL(the other || this run)."""
 
     tokens: int = 0
     nats: float = 0.0
     kl: float = 0.0
+    kl_back: float = 0.0
     agreements: int = 0
 
     @property
@@ -199,10 +200,16 @@ def _add(
     other = torch.frombuffer(bytearray(raw), dtype=hidden.dtype).reshape(hidden.shape)
     other_logp = head(other).log_softmax(-1)
     total.agreements += int((logp.argmax(-1) == other_logp.argmax(-1)).sum())
+    total.kl += _divergence(logp, other_logp)
+    total.kl_back += _divergence(other_logp, logp)
+
+
+def _divergence(logp: torch.Tensor, logq: torch.Tensor) -> float:
+    """Sum of KL(p || q) over positions."""
     # A probability of 0 adds nothing, also where the other's logarithm is -inf.
     p = logp.exp()
-    terms = torch.where(p > 0, p * (logp - other_logp), torch.zeros_like(p))
-    total.kl += float(terms.sum(dtype=torch.float64))
+    terms = torch.where(p > 0, p * (logp - logq), torch.zeros_like(p))
+    return float(terms.sum(dtype=torch.float64))
 
 
 def _check_head(head: Head, hidden: torch.Tensor, expected: torch.Tensor) -> None:

@@ -15,7 +15,7 @@ Bytes moved: `expert_ffn_bytes`, each chosen expert's planes once, whatever the 
 to 8 (from cache beyond). Runs in the threads of comoe_kernels.threads, returns when done, releases the
 GIL. A row's result depends neither on the other rows nor on the number of threads.
 
-Rounding. Levels 2, 3, 4: activations (x, and a) as int8 with one scale per 32 columns; level 8: as
+Rounding. Levels 2, 3, 4: activations (x, and a) as int8 with one scale per 64 columns; level 8: as
 15-bit integers with one scale per 128; products are summed exactly in int32 per scale, then in
 float32. Exact bfloat16 weights and x: bfloat16 products, float32 sums, a rounded to bfloat16 (where
 the CPU has no such instruction: all in float32). Other exact weights: all in float32; codes are
@@ -112,7 +112,7 @@ def rounding(level: int, exact_bf16: bool = False) -> Callable[[torch.Tensor], t
     the weights' error, so two int8 planes are used there (0.003%)."""
     if level == 4:
         return (lambda v: v.bfloat16().float()) if exact_bf16 else (lambda v: v)
-    width, top = (128, 32512.0) if level == 3 else (32, 127.0)
+    width, top = (128, 32512.0) if level == 3 else (64, 127.0)
 
     def round_groups(v: torch.Tensor) -> torch.Tensor:
         columns = v.shape[-1]

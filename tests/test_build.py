@@ -124,6 +124,7 @@ def requirement_lines(version: str) -> dict[str, str]:
     for line in (ROOT / "requirements.txt").read_text().splitlines():
         if not line or line.startswith("#"):
             continue
+        line = line.removesuffix('; platform_machine == "x86_64"')
         match = re.fullmatch(r'([a-z0-9-]+)==([\w.]+)(?:; python_version (<|>=) "3\.11")?', line)
         assert match, line
         name, pin, relation = match.groups()

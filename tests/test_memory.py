@@ -51,6 +51,35 @@ def test_peak_of_another_process_is_its_own():
         memory.peak_rss(child.pid)
 
 
+def test_holes_are_given_back():
+    blocks = [np.ones(64_000, np.uint8) for _ in range(2000)]  # below the size that is mapped alone
+    high = memory.rss()
+    blocks = blocks[::8]
+    memory.give_back_free()
+    assert high - memory.rss() > 0.6 * 2000 * 64_000
+    assert all(block.all() for block in blocks)
+
+
+def test_what_is_not_kept_goes_at_once():
+    """A hole between two blocks in use, as large as glibc keeps after larger ones were freed."""
+    code = """
+import numpy as np
+from comoe import memory
+def left_by_holes():
+    blocks = [np.ones(4_000_000, np.uint8) for _ in range(20)]
+    full = memory.rss()
+    blocks[:] = blocks[1::2]
+    return full - memory.rss()
+memory.keep_freed(True)
+kept = left_by_holes()
+memory.keep_freed(False)
+print(kept, left_by_holes())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    kept, returned = map(int, done.stdout.split())
+    assert kept < 10 * MB and returned > 30 * MB
+
+
 def _group(folder, **files):
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -18,7 +19,7 @@ from comoe.hf.blocks import discover
 from comoe.hf.checkpoint import Checkpoint
 from comoe.hf.safetensors_io import CheckpointError
 from comoe.packing import pack
-from comoe.policy.plan import BITS4, EXACT
+from comoe.policy.plan import LADDER
 from comoe.store import Store, StoreError
 from comoe.store.inspect import inspect
 
@@ -139,11 +140,12 @@ def test_levels_follow_the_source(packed):
     ids = torch.randint(1, VOCABULARY, (1, 24), generator=torch.Generator().manual_seed(1))
     model = comoe.load(dst, memory="1GB", dtype=torch.float32)
     runtime = model.comoe
-    assert runtime.plan.min_level == EXACT
+    assert (runtime.plan.min_level == LADDER.exact).all()
     logits = []
-    for level in (0, BITS4, EXACT):
-        for layer_idx in range(len(runtime.specs)):
-            runtime._op.set_levels(layer_idx, level, level)
+    for level in (0, LADDER.names.index("4"), LADDER.exact):
+        for layer_idx, spec in enumerate(runtime.specs):
+            levels = np.full(spec.num_experts, level, np.uint8)
+            runtime._op.set_levels(layer_idx, levels, levels)
         with torch.no_grad():
             logits.append(model(ids).logits)
     coarse, fine = ((x - logits[-1]).norm() for x in logits[:2])

@@ -26,6 +26,7 @@ from comoe.aggregate.calibration import DTYPES, FOLDER, FORMAT, MANIFEST, Calibr
 from comoe.aggregate.errors import CalibrationError
 from comoe.aggregate.published import published
 from comoe.config import format_bytes
+from comoe.runtime.budget import Step
 from comoe.trace import tapping
 
 HELD_OUT_EVERY = 4  # one window in four
@@ -135,7 +136,7 @@ def _pass_tokens(model: Any, window: int) -> int:
     """As many tokens per pass as the budget has room for, since a pass may read every expert."""
     budget, tokens = model.comoe.budget, PASS_TOKENS
     while tokens > window and (
-        budget.sizes.workspace(tokens // window, window, 1) > WORKSPACE_SHARE * budget.memory
+        budget.sizes.workspace(Step(tokens // window, window)) > WORKSPACE_SHARE * budget.memory
     ):
         tokens //= 2
     return tokens

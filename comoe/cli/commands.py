@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from comoe.cli import tables
+from comoe.cli import aggregation, tables
 from comoe.cli.common import bytes_bar, count_bar, output, quiet_transformers
 from comoe.config import CoMoEConfig, parse_bytes
 
@@ -43,7 +43,17 @@ NoVerify = Annotated[
 
 def add_to(app: typer.Typer) -> None:
     app.callback()(callback)
-    for command in (demo, pack, run, evaluate, inspect, trace, doctor):
+    for command in (
+        demo,
+        pack,
+        aggregation.calibrate,
+        aggregation.aggregate,
+        run,
+        evaluate,
+        inspect,
+        trace,
+        doctor,
+    ):
         app.command("eval" if command is evaluate else command.__name__)(command)
 
 
@@ -216,7 +226,12 @@ def run(
 
 def evaluate(
     path: Model,
-    text: Annotated[Path, typer.Option("--text", "-t", help="A text file (UTF-8).")],
+    text: Annotated[
+        list[Path],
+        typer.Option(
+            "--text", "-t", help="A text file (UTF-8); with --sweep there may be several."
+        ),
+    ],
     memory: Memory = None,
     exact: Exact = False,
     max_tokens: Annotated[
@@ -229,18 +244,49 @@ def evaluate(
             "--reference/--no-reference", help="Compare with the exact model (KL, agreement)."
         ),
     ] = True,
+    sweep: Annotated[
+        bool,
+        typer.Option(
+            "--sweep", help="Every method of making experts smaller at 50, 30, 20, 14 and 10%."
+        ),
+    ] = False,
+    method: Annotated[
+        list[str] | None, typer.Option("--method", help="Of --sweep: only this; may be repeated.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", help="Of --sweep: the PNG to draw.")
+    ] = None,
     threads: Threads = 0,
     as_json: Json = False,
 ) -> None:
     """Measure what a budget costs: perplexity, bits per byte, KL and top-1 agreement against exact.
 
+    With --sweep, of a folder that `comoe aggregate` has been over: perplexity and KL of every method
+    at equal bytes.
+
     Example:  comoe eval ./qwen3-packed --text book.txt --memory 4.7GB
+    Example:  comoe eval ./qwen3-packed --text book.txt --sweep --plot sweep.png
     """
     from comoe.evaluate import evaluate as measure
 
+    if not sweep and (len(text) > 1 or method or plot):
+        raise typer.BadParameter("several texts, --method and --plot need --sweep")
     with output(as_json) as emit:
-        content = read_text(text)
         quiet_transformers()
+        if sweep:
+            names = aggregation.domains_of(text)
+            rows = aggregation.sweep(
+                Path(path),
+                {name: read_text(file) for name, file in names.items()},
+                memory=memory,
+                max_tokens=max_tokens,
+                window=window,
+                methods=method,
+                plot=plot,
+            )
+            emit(rows) if as_json else tables.show_sweep(rows)
+            return
+        content = read_text(text[0])
         import comoe
 
         tokenizer = comoe.load_tokenizer(path)

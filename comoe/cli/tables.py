@@ -164,3 +164,79 @@ def show_demo(rows: list[dict[str, Any]]) -> None:
     ]:
         console.rule(f"{name}: {row['plan']}" if "plan" in row else name, align="left")
         console.print(row["prompt"] + row["text"], markup=False, highlight=False)
+
+
+def show_calibration(summary: dict[str, Any]) -> None:
+    console = _console()
+    console.print(
+        f"{summary['tokens']:,} tokens of {', '.join(summary['domains'])}, {summary['held_out']:,} of them held out",
+        highlight=False,
+    )
+    console.print(
+        f"the expert seen least has {min(summary['least_rows'])} rows; {summary['unseen_experts']} were never used",
+        highlight=False,
+    )
+    console.print(f"in {summary['folder']}", highlight=False)
+
+
+def show_aggregation(summary: dict[str, Any]) -> None:
+    console = _console()
+    console.print(f"levels, coarsest first: {', '.join(summary['levels'])}", highlight=False)
+    if summary["unused"]:
+        unused = ", ".join(summary["unused"])
+        console.print(
+            f"not written, since no point of the curve uses them: {unused}", highlight=False
+        )
+    if summary["distilled"]:
+        found = summary["distilled"]
+        verdict = "kept" if found["kept"] else "not kept, since it is not better"
+        console.print(
+            f"distillation of {found['level']}, {found['steps']} steps: held-out KL {found['before']:.5f} -> "
+            f"{found['after']:.5f} ({verdict})",
+            highlight=False,
+        )
+    if summary["super_experts"]:
+        names = ", ".join(f"{e} of layer {layer}" for layer, e in summary["super_experts"])
+        console.print(f"super experts, never below 8 bits: {names}", highlight=False)
+    if summary["predicted"]:
+        table = Table(title="held-out calibration text", title_justify="left")
+        for name in ("bytes kept", "KL predicted", "KL measured", "perplexity", "exact"):
+            table.add_column(name, justify="right")
+        for row in summary["predicted"]:
+            table.add_row(
+                f"{row['fraction']:.1%}",
+                f"{row['predicted']:.4f}",
+                f"{row['measured']:.4f}",
+                f"{row['perplexity']:.3f}",
+                f"{row['perplexity_exact']:.3f}",
+            )
+        console.print(table)
+    stages = ", ".join(f"{stage} {seconds:.0f} s" for stage, seconds in summary["seconds"].items())
+    console.print(stages, highlight=False)
+
+
+def show_sweep(rows: list[dict[str, Any]]) -> None:
+    """One table per text: methods down, fractions across, perplexity over exact."""
+    for domain in dict.fromkeys(row["domain"] for row in rows):
+        mine = [row for row in rows if row["domain"] == domain]
+        fractions = sorted({row["fraction"] for row in mine}, reverse=True)
+        exact = mine[0]["perplexity_exact"]
+        table = Table(
+            title=f"{escape(domain)}: perplexity over exact ({exact:.3f}), KL in nats per token",
+            title_justify="left",
+        )
+        table.add_column("method")
+        for fraction in fractions:
+            table.add_column(f"{fraction:.0%}", justify="right")
+        for method in dict.fromkeys(row["method"] for row in mine):
+            cells = {row["fraction"]: row for row in mine if row["method"] == method}
+            table.add_row(
+                method,
+                *(
+                    f"{cells[f]['perplexity'] / exact - 1:+.2%}  {cells[f]['kl']:.4f}"
+                    if f in cells
+                    else "n/a"
+                    for f in fractions
+                ),
+            )
+        _console().print(table)

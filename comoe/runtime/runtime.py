@@ -216,10 +216,11 @@ class Runtime:
             self._kv_held = kv_held
             self.budget.check(step, kv_held())
             workspace = self.budget.sizes.workspace(step)
-            self._per_layer = workspace - self.budget.sizes.new_kv(step)
+            long = step.tokens > 1 and workspace >= LONG_STEP
+            self._per_layer = workspace - self.budget.sizes.new_kv(step) if long else 0
             engine = self.engine.stats()
             self._govern(workspace, engine)
-            self._keep_freed(workspace < LONG_STEP or not self._lent())
+            self._keep_freed(not (long and self._lent()))
             self.gauge.note_step(
                 engine["prefetch_bytes"],
                 engine["prefetch_used_bytes"] + engine["prefetch_joined_bytes"],
@@ -272,9 +273,12 @@ class Runtime:
         if allowed < self.plan.pool_bytes or (self._lent() and self._step % CALM_STEPS == 0):
             memory.give_back_free()
             allowed = self._allowed_pool(coming, stats)
-        target = max(min(planned, allowed), self._least_pool())
+        least = self._least_pool()
+        target = max(min(planned, allowed), least)
         if target < self.plan.pool_bytes:
             self._calm = 0
+            # Room for the next steps as well, since each change stops what is read ahead.
+            target = max(target - LONG_STEP, least)
             self._install(self._make_plan(target))
         elif target > self.plan.pool_bytes and not within:
             self._calm += 1

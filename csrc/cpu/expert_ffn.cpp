@@ -4,6 +4,7 @@
 #include <atomic>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -592,9 +593,14 @@ void for_items(const std::vector<Item>& items, Work&& work) {
   Parallel::instance().run(body, &context);
 }
 
-uint8_t* align64(std::vector<uint8_t>& buffer) {
-  return buffer.data() + (64 - reinterpret_cast<uintptr_t>(buffer.data()) % 64) % 64;
-}
+// Not a vector, which would fill it with zeros: every byte that is read is written first.
+struct Scratch {
+  std::unique_ptr<uint8_t[]> bytes;
+  explicit Scratch(int64_t n) : bytes(new uint8_t[n + 64]) {}
+  uint8_t* aligned() const {
+    return bytes.get() + (64 - reinterpret_cast<uintptr_t>(bytes.get()) % 64) % 64;
+  }
+};
 
 }  // namespace
 
@@ -685,9 +691,9 @@ void expert_ffn(const FfnSpec& spec, const FfnTask* tasks, int num_tasks, const 
     x_offset[f] = x_bytes;
     if (used[f]) x_bytes += num_tokens * call.x_layout[f].bytes();
   }
-  std::vector<uint8_t> x_buffer(x_bytes + 64), scratch(scratch_bytes + 64);
-  for (int f = 0; f < kForms; ++f) call.x_rows.push_back(align64(x_buffer) + x_offset[f]);
-  call.scratch = align64(scratch);
+  const Scratch x_buffer(x_bytes), scratch(scratch_bytes);
+  for (int f = 0; f < kForms; ++f) call.x_rows.push_back(x_buffer.aligned() + x_offset[f]);
+  call.scratch = scratch.aligned();
 
   // A row takes about a microsecond: a few are not worth waking another thread for.
   parallel_for(num_tokens, 8, [&](int64_t begin, int64_t end, int) {

@@ -13,37 +13,52 @@ constexpr int64_t kGroupTiles = kGroupCols / kBlockRows;   // row tiles whose ou
 
 // How activations are handed to the tile kernels; it follows from the level (row_form below).
 enum class Form : uint8_t {
-  int8,   // 2, 3, 4 bits: int8, one scale per 32 columns
+  int8,   // 2, 3, 4 bits: int8, one scale per 64 columns
   int16,  // 8 bits: int16 as two int8 planes (high, low), one scale per 128 columns
   bf16,   // exact bf16 weights and bf16 activations
   fp32,   // other exact weights
 };
 constexpr int kForms = 4;
 
+constexpr int kScaleBlocks = 2;                            // blocks that share a scale, int8 form
+constexpr int64_t kScaleCols = kBlockCols * kScaleBlocks;  // 64
+constexpr int kGroupScales = kGroupBlocks / kScaleBlocks;  // 2
+// A group of a quantised row: all that belongs to it in one place, so that a kernel needs one
+// pointer per row. q takes two bytes per column; how they are used is the instruction set's own
+// affair. Portable and VNNI: int8 (int8 form), or for each block int8 high [32], low [32] with q =
+// 256 * high + low. Others: int16.
+struct Int8Group {
+  float scale[kGroupScales];
+  float sum;  // of scale * q
+  uint32_t unused;
+  uint8_t q[2 * kGroupCols];
+};
+struct Int16Group {
+  float scale;
+  int32_t sum;  // of q
+  uint32_t unused[2];
+  uint8_t q[2 * kGroupCols];
+};
+
 // One row of prepared activations: padded with zeros to P = whole groups, so kernels need no column
 // tails.
-//   int8:  q [P], fp32 scale [P / 32], fp32 sum [P / 128] (sum over the group of scale * q)
-//   int16: q [P], fp32 scale [P / 128], int32 sum [P / 128] (sum of q)
-//   bf16:  uint16 [P]      fp32: float [P]
-// q takes two bytes per column; how they are used is the instruction set's own affair. Portable and
-// VNNI: int8 (int8 form), or int8 high [P], int8 low [P] with q = 256 * high + low. Others: int16.
+//   int8: Int8Group [P / 128]      int16: Int16Group [P / 128]
+//   bf16: uint16 [P]               fp32:  float [P]
 struct RowLayout {
   Form form;
   int64_t cols, groups;
   RowLayout() : RowLayout(Form::fp32, 0) {}
   RowLayout(Form f, int64_t c) : form(f), cols(c), groups(ceil_div(c, kGroupCols)) {}
   int64_t padded() const { return groups * kGroupCols; }
-  int64_t scale_offset() const { return padded() * 2; }
-  int64_t sum_offset() const {
-    return scale_offset() + groups * 4 * (form == Form::int8 ? kGroupBlocks : 1);
-  }
   int64_t bytes() const {
     const int64_t b = form == Form::bf16   ? padded() * 2
                       : form == Form::fp32 ? padded() * 4
-                                           : sum_offset() + groups * 4;
+                                           : groups * static_cast<int64_t>(sizeof(Int8Group));
     return round_up(b, 64);
   }
 };
+
+static_assert(sizeof(Int8Group) == sizeof(Int16Group));
 
 // Rows of activations that a kernel takes at once; each weight block is unpacked once for all of
 // them.

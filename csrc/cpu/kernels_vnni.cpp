@@ -40,13 +40,15 @@ inline __m512i spread_table(const uint8_t* table) {  // reads 16 bytes
   return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(entries), _mm512_load_si512(index.code));
 }
 
-// Moves the byte's bits up by `by` (down when negative); what comes in from neighbours is masked
-// later.
-template <int by>
-inline __m512i shift(__m512i v) {
-  if constexpr (by > 0) return _mm512_slli_epi16(v, by);
-  if constexpr (by < 0) return _mm512_srli_epi16(v, -by);
-  return v;
+// An 8x8 bit matrix for vgf2p8affineqb: bit i of the result is bit `from[i]` of the byte.
+constexpr int64_t permutation(int b0, int b1, int b2, int b3, int b4, int b5, int b6, int b7) {
+  const int from[8] = {b0, b1, b2, b3, b4, b5, b6, b7};
+  uint64_t matrix = 0;
+  for (int i = 0; i < 8; ++i) matrix |= uint64_t{1} << (8 * (7 - i) + from[i]);
+  return static_cast<int64_t>(matrix);
+}
+inline __m512i permute(__m512i v, int64_t matrix) {
+  return _mm512_gf2p8affine_epi64_epi8(v, _mm512_set1_epi64(matrix), 0);
 }
 
 // Quads 2i and 2i + 1 of a block, for i = 0..3: `Unpacker(header)`, then `Block(p)` for each block
@@ -74,12 +76,14 @@ struct Unpacker<Level::bits2> {
   }
 };
 
-// One index serves two quads: bits 0-1 and 2-3 are their 2-bit codes, bits 4 and 5 the next bits.
+// One index serves two quads: the third bits of both are brought into the nibble beside their first
+// two; those of quads 2 to 5 lie in the right place already.
 template <>
 struct Unpacker<Level::bits3> {
-  __m512i even, odd;
+  __m512i table[4];
   explicit Unpacker(const MatrixHeader& h)
-      : even(spread_table<4, 0, 1>(h.table3)), odd(spread_table<5, 2, 3>(h.table3)) {}
+      : table{spread_table<4, 0, 1>(h.table3), spread_table<5, 2, 3>(h.table3),
+              spread_table<0, 2, 3>(h.table3), spread_table<1, 4, 5>(h.table3)} {}
   struct Block {
     __m512i a[2], b;
     explicit Block(const uint8_t* const* p)
@@ -87,23 +91,16 @@ struct Unpacker<Level::bits3> {
   };
   template <int i>
   inline void pair(const Block& block, __m512i* v) const {
+    const __m512i a = block.a[i / 2];
+    const __m512i b = i == 0   ? _mm512_slli_epi16(block.b, 4)
+                      : i == 3 ? _mm512_srli_epi16(block.b, 4)
+                               : block.b;
     const __m512i index =
-        select(splat(0x30), shift<4 - 2 * i>(block.b), shift<i % 2 ? -4 : 0>(block.a[i / 2]));
-    v[0] = _mm512_permutexvar_epi8(index, even);
-    v[1] = _mm512_permutexvar_epi8(index, odd);
+        i % 2 ? _mm512_srli_epi16(select(splat(0x0c), b, a), 2) : select(splat(0x30), b, a);
+    v[0] = _mm512_permutexvar_epi8(index, table[i % 2 ? 2 : 0]);
+    v[1] = _mm512_permutexvar_epi8(index, table[i % 2 ? 3 : 1]);
   }
 };
-
-// An 8x8 bit matrix for vgf2p8affineqb: bit i of the result is bit `from[i]` of the byte.
-constexpr int64_t permutation(int b0, int b1, int b2, int b3, int b4, int b5, int b6, int b7) {
-  const int from[8] = {b0, b1, b2, b3, b4, b5, b6, b7};
-  uint64_t matrix = 0;
-  for (int i = 0; i < 8; ++i) matrix |= uint64_t{1} << (8 * (7 - i) + from[i]);
-  return static_cast<int64_t>(matrix);
-}
-inline __m512i permute(__m512i v, int64_t matrix) {
-  return _mm512_gf2p8affine_epi64_epi8(v, _mm512_set1_epi64(matrix), 0);
-}
 
 // One byte holds the codes of quads 2i and 2i + 1 whole: the third and fourth bits of each are
 // brought next to each other, and into the nibble beside the first two of both quads.
@@ -153,14 +150,29 @@ struct Unpacker<Level::bits8> {
   }
 };
 
+// Walks the blocks of a run upwards with a pointer to each plane. Recomputing the pointers from the
+// segment for each block, as BlockCursor does, takes more registers than there are.
 template <Level L>
-inline void block_pointers(BlockCursor& cursor, int64_t k, const uint8_t** p) {
-  cursor.at(k);
-  p[0] = cursor.plane(0, k, kPlaneBytes[0]);
-  if constexpr (L >= Level::bits3) p[1] = cursor.plane(1, k, kPlaneBytes[1]);
-  if constexpr (L >= Level::bits4) p[2] = cursor.plane(2, k, kPlaneBytes[2]);
-  if constexpr (L >= Level::bits8) p[3] = cursor.plane(3, k, kPlaneBytes[3]);
-}
+struct PlanePointers {
+  static constexpr int kPlanes = static_cast<int>(L) + 1;
+  const Segment* here;
+  int64_t until;  // the block at which the next segment begins
+  const uint8_t* p[kPlanes];
+  explicit PlanePointers(const RunArgs& args) : here(args.segments) { enter(0); }
+  void enter(int64_t block) {
+    until = here[1].first;
+    for (int i = 0; i < kPlanes; ++i) p[i] = here->base[i] + block * kPlaneBytes[i];
+  }
+  inline typename Unpacker<L>::Block next(int64_t block) {
+    if (block == until) {
+      ++here;
+      enter(block);
+    }
+    const typename Unpacker<L>::Block packed(p);
+    for (int i = 0; i < kPlanes; ++i) p[i] += kPlaneBytes[i];
+    return packed;
+  }
+};
 template <Level L>
 constexpr int block_lines() {
   return L == Level::bits2 ? 2 : L == Level::bits3 ? 3 : L == Level::bits4 ? 4 : 8;
@@ -233,61 +245,66 @@ inline __m512i broadcast4(const int8_t* x) {
   return _mm512_set1_epi32(four);
 }
 
-// Levels 2, 3, 4: one int32 sum per block of 32 columns, whose activations share a scale.
+// Levels 2, 3, 4: one int32 sum per 64 columns, whose activations share a scale.
 template <Level L, int R>
 void multiply_packed(const RunArgs& args) {
   const Unpacker<L> unpack(*args.header);
   const RowScales scales(*args.header);
-  const int64_t scale_at = args.layout.scale_offset(), sum_at = args.layout.sum_offset();
-  BlockCursor cursor(args);
+  PlanePointers<L> planes(args);
   Prefetcher prefetcher(args);
   const uint8_t* params = args.params;
+  const Int8Group* rows[R];
+  for (int r = 0; r < R; ++r) rows[r] = reinterpret_cast<const Int8Group*>(args.rows[r]);
   for (int64_t tile = 0, block = 0; tile < args.num_tiles; ++tile) {
     __m512 out[R];
     for (int r = 0; r < R; ++r) out[r] = _mm512_setzero_ps();
+    int64_t left = args.col_blocks;
     for (int64_t g = 0; g < args.layout.groups; ++g, params += kParamsBytes) {
       __m512 group[R];
       for (int r = 0; r < R; ++r) group[r] = _mm512_setzero_ps();
-      const int64_t first = g * kGroupBlocks;
-      const int64_t last =
-          first + kGroupBlocks < args.col_blocks ? first + kGroupBlocks : args.col_blocks;
-      for (int64_t k = first; k < last; ++k, ++block) {
-        const uint8_t* p[4];
-        block_pointers<L>(cursor, block, p);
-        prefetcher.step<block_lines<L>()>();
-        const typename Unpacker<L>::Block packed(p);
-        // Several chains, as one would wait for its latency; and all rows take a pair of quads as
-        // soon as it is unpacked, so that unpacking and multiplying overlap.
-        constexpr int kChains = R == 1 ? 4 : R <= 3 ? 2 : 1;
+      // `count` blocks, which share scale `s` of the group. At least three chains where registers
+      // allow, as one would wait for its latency; and all rows take a pair of quads as soon as it
+      // is unpacked, so that unpacking and multiplying overlap.
+      const auto add_blocks = [&](auto count, int s) __attribute__((always_inline)) {
+        constexpr int kChains = R <= 2 ? 2 : 1;
         __m512i dot[R][kChains];
         for (int r = 0; r < R; ++r)
           for (int c = 0; c < kChains; ++c) dot[r][c] = zero_int();
-        for_pairs([&](auto i) {
-          __m512i v[2];
-          unpack.template pair<i>(packed, v);
-          for (int r = 0; r < R; ++r) {
-            const auto* x = reinterpret_cast<const int8_t*>(args.rows[r]) + k * kBlockCols + 8 * i;
-            __m512i& even = dot[r][2 * i % kChains];
-            even = dot4(even, v[0], x);
-            __m512i& odd = dot[r][(2 * i + 1) % kChains];
-            odd = dot4(odd, v[1], x + 4);
-          }
-        });
+        for (int b = 0; b < count; ++b) {
+          prefetcher.step<block_lines<L>()>();
+          const auto packed = planes.next(block++);
+          for_pairs([&](auto i) __attribute__((always_inline)) {
+            __m512i v[2];
+            unpack.template pair<i>(packed, v);
+            for (int q = 0; q < 2; ++q)
+              for (int r = 0; r < R; ++r) {
+                const auto* x = reinterpret_cast<const int8_t*>(rows[r][g].q) + s * kScaleCols +
+                                b * kBlockCols + 8 * i + 4 * q;
+                __m512i& sum = dot[r][(2 * i + q) % kChains];
+                sum = dot4(sum, v[q], x);
+              }
+          });
+        }
         for (int r = 0; r < R; ++r) {
-          for (int half = kChains / 2; half > 0; half /= 2)
-            for (int c = 0; c < half; ++c)
-              dot[r][c] = _mm512_add_epi32(dot[r][c], dot[r][c + half]);
-          const float scale = reinterpret_cast<const float*>(args.rows[r] + scale_at)[k];
-          group[r] =
-              _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[r][0]), _mm512_set1_ps(scale), group[r]);
+          if constexpr (kChains == 2) dot[r][0] = _mm512_add_epi32(dot[r][0], dot[r][1]);
+          group[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[r][0]),
+                                     _mm512_set1_ps(rows[r][g].scale[s]), group[r]);
+        }
+      };
+      if (left >= kGroupBlocks) {
+        for (int s = 0; s < kGroupScales; ++s)
+          add_blocks(std::integral_constant<int, kScaleBlocks>(), s);
+      } else {
+        for (int s = 0; s * kScaleBlocks < left; ++s) {
+          const auto n = static_cast<int>(left) - s * kScaleBlocks;
+          add_blocks(n < kScaleBlocks ? n : kScaleBlocks, s);
         }
       }
+      left -= kGroupBlocks;
       const __m512 scale = scales(params), zero = _mm512_cvtepi32_ps(row_zeros(params));
-      for (int r = 0; r < R; ++r) {
-        const float sum = reinterpret_cast<const float*>(args.rows[r] + sum_at)[g];
-        out[r] =
-            _mm512_fmadd_ps(scale, _mm512_fnmadd_ps(zero, _mm512_set1_ps(sum), group[r]), out[r]);
-      }
+      for (int r = 0; r < R; ++r)
+        out[r] = _mm512_fmadd_ps(
+            scale, _mm512_fnmadd_ps(zero, _mm512_set1_ps(rows[r][g].sum), group[r]), out[r]);
     }
     for (int r = 0; r < R; ++r) _mm512_storeu_ps(args.out[r] + tile * kBlockRows, out[r]);
   }
@@ -299,48 +316,44 @@ void multiply_bits8(const RunArgs& args) {
   constexpr Level L = Level::bits8;
   const Unpacker<L> unpack(*args.header);
   const RowScales scales(*args.header);
-  const int64_t scale_at = args.layout.scale_offset(), sum_at = args.layout.sum_offset();
-  const int64_t low_at = args.layout.padded();
-  BlockCursor cursor(args);
+  PlanePointers<L> planes(args);
   Prefetcher prefetcher(args);
   const uint8_t* params = args.params;
+  const Int16Group* rows[R];
+  for (int r = 0; r < R; ++r) rows[r] = reinterpret_cast<const Int16Group*>(args.rows[r]);
   for (int64_t tile = 0, block = 0; tile < args.num_tiles; ++tile) {
     __m512 out[R];
     for (int r = 0; r < R; ++r) out[r] = _mm512_setzero_ps();
+    int64_t left = args.col_blocks;
     for (int64_t g = 0; g < args.layout.groups; ++g, params += kParamsBytes) {
       __m512i high[R], low[R];
       for (int r = 0; r < R; ++r) high[r] = zero_int(), low[r] = zero_int();
-      const int64_t first = g * kGroupBlocks;
-      const int64_t last =
-          first + kGroupBlocks < args.col_blocks ? first + kGroupBlocks : args.col_blocks;
-      for (int64_t k = first; k < last; ++k, ++block) {
-        const uint8_t* p[4];
-        block_pointers<L>(cursor, block, p);
+      const int count = static_cast<int>(left < kGroupBlocks ? left : kGroupBlocks);
+      left -= count;
+      for (int b = 0; b < count; ++b) {
         prefetcher.step<block_lines<L>()>();
-        const typename Unpacker<L>::Block packed(p);
-        for_pairs([&](auto i) {
+        const auto packed = planes.next(block++);
+        for_pairs([&](auto i) __attribute__((always_inline)) {
           __m512i v[2];
           unpack.template pair<i>(packed, v);
           for (int q = 0; q < 2; ++q)
             for (int r = 0; r < R; ++r) {
-              const auto* x =
-                  reinterpret_cast<const int8_t*>(args.rows[r]) + k * kBlockCols + 8 * i + 4 * q;
+              const auto* x = reinterpret_cast<const int8_t*>(rows[r][g].q) + b * 2 * kBlockCols +
+                              8 * i + 4 * q;
               high[r] = dot4(high[r], v[q], x);
-              low[r] = dot4(low[r], v[q], x + low_at);
+              low[r] = dot4(low[r], v[q], x + kBlockCols);
             }
         });
       }
       const __m512 scale = scales(params);
       const __m512i zero = row_zeros(params);
       for (int r = 0; r < R; ++r) {
-        const float x_scale = reinterpret_cast<const float*>(args.rows[r] + scale_at)[g];
-        const int32_t sum = reinterpret_cast<const int32_t*>(args.rows[r] + sum_at)[g];
         // Within int32: see multiply_int16.
         const __m512i dot =
             _mm512_sub_epi32(_mm512_add_epi32(_mm512_slli_epi32(high[r], 8), low[r]),
-                             _mm512_mullo_epi32(zero, _mm512_set1_epi32(sum)));
-        const __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(x_scale));
-        out[r] = _mm512_fmadd_ps(both, _mm512_cvtepi32_ps(dot), out[r]);
+                             _mm512_mullo_epi32(zero, _mm512_set1_epi32(rows[r][g].sum)));
+        out[r] = _mm512_fmadd_ps(_mm512_mul_ps(scale, _mm512_set1_ps(rows[r][g].scale)),
+                                 _mm512_cvtepi32_ps(dot), out[r]);
       }
     }
     for (int r = 0; r < R; ++r) _mm512_storeu_ps(args.out[r] + tile * kBlockRows, out[r]);
@@ -411,9 +424,9 @@ inline void decode_block_vnni(ExactType type, const uint8_t* block, const uint8_
 
 // Exact bf16 times bf16: 16 rows x 2 columns an instruction. Two sums, as one would wait for its
 // latency.
-template <int R>
+template <class Blocks, int R>
 void multiply_bf16(const RunArgs& args) {
-  ExactBlocks<decode_block_vnni> blocks(args);
+  Blocks blocks(args);
   Prefetcher prefetcher(args);
   for (int64_t tile = 0, index = 0; tile < args.num_tiles; ++tile) {
     __m512 even[R], odd[R];
@@ -438,9 +451,9 @@ void multiply_bf16(const RunArgs& args) {
 }
 
 // Exact weights of any type in fp32. Pair p of a block: columns 2p (even sum) and 2p + 1 (odd sum).
-template <DType D, int R>
+template <DType D, class Blocks, int R>
 void multiply_exact(const RunArgs& args) {
-  ExactBlocks<decode_block_vnni> blocks(args);
+  Blocks blocks(args);
   Prefetcher prefetcher(args);
   for (int64_t tile = 0, index = 0; tile < args.num_tiles; ++tile) {
     __m512 even[R], odd[R];
@@ -475,6 +488,14 @@ void multiply_exact(const RunArgs& args) {
   }
 }
 
+using CodedBlocks = ExactBlocks<decode_block_vnni>;
+
+template <DType D, int R>
+void multiply_values(const RunArgs& args) {
+  if (is_coded(args.exact_dtype)) return multiply_exact<D, CodedBlocks, R>(args);
+  multiply_exact<D, PlainBlocks<D>, R>(args);
+}
+
 template <int R>
 void multiply_rows(const RunArgs& args) {
   switch (args.level) {
@@ -489,14 +510,16 @@ void multiply_rows(const RunArgs& args) {
     case Level::exact:
       break;
   }
-  if (args.layout.form == Form::bf16) return multiply_bf16<R>(args);
+  if (args.layout.form == Form::bf16)
+    return is_coded(args.exact_dtype) ? multiply_bf16<CodedBlocks, R>(args)
+                                      : multiply_bf16<PlainBlocks<DType::bf16>, R>(args);
   switch (args.value_dtype) {
     case DType::fp32:
-      return multiply_exact<DType::fp32, R>(args);
+      return multiply_values<DType::fp32, R>(args);
     case DType::bf16:
-      return multiply_exact<DType::bf16, R>(args);
+      return multiply_values<DType::bf16, R>(args);
     case DType::fp16:
-      return multiply_exact<DType::fp16, R>(args);
+      return multiply_values<DType::fp16, R>(args);
   }
 }
 

@@ -7,34 +7,39 @@
 
 #include <immintrin.h>
 
+#include <type_traits>
+
 #include "generic.h"
 
 namespace comoe {
 namespace {
 
+// n integers as int16, and their sum.
+inline int32_t store_words(const int32_t* q, int n, int16_t* to) {
+  int32_t sum = 0;
+  for (int i = 0; i < n; ++i) sum += q[i];
+  for (int i = 0; i < n; ++i) to[i] = static_cast<int16_t>(q[i]);
+  return sum;
+}
+
 // As prepare_group, with q as int16.
 inline void prepare_words(const float* src, const RowLayout& layout, int64_t group, uint8_t* row) {
   if (layout.form != Form::int8 && layout.form != Form::int16)
     return prepare_group(src, layout, group, row);
-  auto* out = reinterpret_cast<int16_t*>(row) + group * kGroupCols;
-  const bool fine = layout.form == Form::int8;
-  const int width = fine ? kBlockCols : kGroupCols, pieces = kGroupCols / width;
-  auto* scales = reinterpret_cast<float*>(row + layout.scale_offset()) + group * pieces;
-  float scaled_sum = 0.0f;
-  int32_t sum = 0;
   int32_t q[kGroupCols];
-  for (int b = 0; b < pieces; ++b) {
-    scales[b] = quantize(src + b * width, width, fine ? 127.0f : 32512.0f, q);
-    sum = 0;
-    for (int i = 0; i < width; ++i) sum += q[i];
-    for (int i = 0; i < width; ++i) out[b * width + i] = static_cast<int16_t>(q[i]);
-    scaled_sum += scales[b] * static_cast<float>(sum);
+  if (layout.form == Form::int16) {
+    Int16Group& out = reinterpret_cast<Int16Group*>(row)[group];
+    out.scale = quantize(src, kGroupCols, 32512.0f, q);
+    out.sum = store_words(q, kGroupCols, reinterpret_cast<int16_t*>(out.q));
+    return;
   }
-  uint8_t* sums = row + layout.sum_offset() + group * 4;
-  if (fine)
-    std::memcpy(sums, &scaled_sum, 4);
-  else
-    std::memcpy(sums, &sum, 4);
+  Int8Group& out = reinterpret_cast<Int8Group*>(row)[group];
+  out.sum = 0.0f;
+  for (int s = 0; s < kGroupScales; ++s) {
+    out.scale[s] = quantize(src + s * kScaleCols, kScaleCols, 127.0f, q);
+    auto* to = reinterpret_cast<int16_t*>(out.q) + s * kScaleCols;
+    out.sum += out.scale[s] * static_cast<float>(store_words(q, kScaleCols, to));
+  }
 }
 
 // Moves bits up by `by` (down when negative); what comes in from neighbouring bytes is masked off
@@ -85,12 +90,12 @@ void multiply_quantised(const RunArgs& args) {
   using I = typename V::I;
   using F = typename V::F;
   constexpr int kParts = 64 / V::kBytes, kPartRows = kBlockRows / kParts;
-  constexpr bool fine = L != Level::bits8;  // a scale per block, not per group
+  constexpr bool fine = L != Level::bits8;  // more than one scale per group
+  using Group = std::conditional_t<fine, Int8Group, Int16Group>;
   const MatrixHeader& h = *args.header;
   const I table = V::load_table(L == Level::bits2   ? h.table2
                                 : L == Level::bits3 ? h.table3
                                                     : h.table4);
-  const int64_t scale_at = args.layout.scale_offset(), sum_at = args.layout.sum_offset();
   const int64_t groups = args.layout.groups;
   BlockCursor cursor(args);
   Prefetcher prefetcher(args);
@@ -119,19 +124,21 @@ void multiply_quantised(const RunArgs& args) {
           I v[8];
           unpack_part<V, L>(p, part, table, v);
           for (int r = 0; r < args.num_rows; ++r) {
-            const auto* x = reinterpret_cast<const int16_t*>(args.rows[r]) + k * kBlockCols;
+            const Group& group = reinterpret_cast<const Group*>(args.rows[r])[g];
+            const auto* x = reinterpret_cast<const int16_t*>(group.q) + (k - first) * kBlockCols;
             I low = V::splat8(0), high = low;  // rows 0, 1 and rows 2, 3 of each 16 bytes
             for (int q = 0; q < 8; ++q) {
               const I four = V::broadcast8(x + 4 * q);
               low = V::add(low, V::madd(V::widen_low(v[q]), four));
               high = V::add(high, V::madd(V::widen_high(v[q]), four));
             }
-            const I dot = V::add_pairs(low, high);
+            I& total = totals[r][part];
+            total = V::add(total, V::add_pairs(low, high));
             if constexpr (fine) {
-              const float scale = reinterpret_cast<const float*>(args.rows[r] + scale_at)[k];
-              sums[r][part] = V::fmadd(V::to_float(dot), V::splat(scale), sums[r][part]);
-            } else {
-              totals[r][part] = V::add(totals[r][part], dot);
+              if (k + 1 != last && (k + 1) % kScaleBlocks != 0) continue;
+              const F scale = V::splat(group.scale[(k - first) / kScaleBlocks]);
+              sums[r][part] = V::fmadd(V::to_float(total), scale, sums[r][part]);
+              total = V::splat8(0);
             }
           }
         }
@@ -142,14 +149,14 @@ void multiply_quantised(const RunArgs& args) {
         for (int part = 0; part < kParts; ++part) {
           const F s = V::load_floats(scale + part * kPartRows),
                   z = V::load_floats(zero + part * kPartRows);
+          const Group& group = reinterpret_cast<const Group*>(args.rows[r])[g];
           if constexpr (fine) {
-            const float sum = reinterpret_cast<const float*>(args.rows[r] + sum_at)[g];
-            out[r][part] = V::fmadd(s, V::fnmadd(z, V::splat(sum), sums[r][part]), out[r][part]);
+            out[r][part] =
+                V::fmadd(s, V::fnmadd(z, V::splat(group.sum), sums[r][part]), out[r][part]);
           } else {  // exact in int32: see multiply_int16
-            const float x_scale = reinterpret_cast<const float*>(args.rows[r] + scale_at)[g];
-            const int32_t sum = reinterpret_cast<const int32_t*>(args.rows[r] + sum_at)[g];
-            const I dot = V::sub(totals[r][part], V::mul(V::to_int(z), V::splat32(sum)));
-            out[r][part] = V::fmadd(V::mul(s, V::splat(x_scale)), V::to_float(dot), out[r][part]);
+            const I dot = V::sub(totals[r][part], V::mul(V::to_int(z), V::splat32(group.sum)));
+            out[r][part] =
+                V::fmadd(V::mul(s, V::splat(group.scale)), V::to_float(dot), out[r][part]);
           }
         }
     }
@@ -160,13 +167,13 @@ void multiply_quantised(const RunArgs& args) {
 }
 
 // Exact weights in fp32, R rows at a time so that the sums stay in registers.
-template <class V, DType D, int R>
+template <class V, DType D, class Blocks, int R>
 void multiply_exact(const RunArgs& args, int first_row) {
   using I = typename V::I;
   using F = typename V::F;
   constexpr int kParts = 64 / V::kBytes, kPartRows = kBlockRows / kParts;
   constexpr int kPairBytes = D == DType::fp32 ? 128 : 64;
-  ExactBlocks blocks(args);
+  Blocks blocks(args);
   Prefetcher prefetcher(args);
   for (int64_t tile = 0, block = 0; tile < args.num_tiles; ++tile) {
     F even[R][kParts], odd[R][kParts];
@@ -209,12 +216,18 @@ void multiply_exact(const RunArgs& args, int first_row) {
   }
 }
 
-template <class V, DType D>
-void multiply_exact_rows(const RunArgs& args) {
+template <class V, DType D, class Blocks>
+void multiply_exact_blocks(const RunArgs& args) {
   int r = 0;
   for (; r + V::kExactRows <= args.num_rows; r += V::kExactRows)
-    multiply_exact<V, D, V::kExactRows>(args, r);
-  for (; r < args.num_rows; ++r) multiply_exact<V, D, 1>(args, r);
+    multiply_exact<V, D, Blocks, V::kExactRows>(args, r);
+  for (; r < args.num_rows; ++r) multiply_exact<V, D, Blocks, 1>(args, r);
+}
+
+template <class V, DType D>
+void multiply_exact_rows(const RunArgs& args) {
+  if (is_coded(args.exact_dtype)) return multiply_exact_blocks<V, D, ExactBlocks<>>(args);
+  multiply_exact_blocks<V, D, PlainBlocks<D>>(args);
 }
 
 template <class V>

@@ -681,8 +681,8 @@ void Core::request(int32_t r, Priority priority, int32_t distance) {
 }
 
 // A record that was expected in vain is as cold as its last real use, so that the next wrong guess
-// takes its place and not that of a record in use. Without this a cache that had nearly all that
-// was needed read ten times as much (bench/bench_offload.py).
+// takes its place and not that of a record in use. With a cache that holds nearly all that is
+// needed (bench/bench_offload.py) 1 expert per token is waited for; without this it was 5.
 void Core::cancel(int32_t r, Priority priority) {
   Record& record = records_[r];
   if (priority == Priority::prefetch && record.expected > 0) {

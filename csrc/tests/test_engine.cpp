@@ -78,13 +78,13 @@ struct Bench {
     core.pump();
     core.check_invariants();
   }
-  // Uses them in a session of their own, which then ends.
-  void use(std::vector<int32_t> records) {
+  // Uses them at the lowest level in a session of their own, which then ends.
+  void use(std::vector<int32_t> experts) {
     std::vector<Need> needs;
-    for (int32_t r : records) needs.push_back({r, 0, 0});
+    for (int32_t e : experts) needs.push_back({e, 0, 0});
     const int32_t session = open(needs);
     finish_all();
-    for (size_t given = 0; given < records.size();) {
+    for (size_t given = 0; given < experts.size();) {
       const auto ready = take(session, Next::ready);
       for (const Ready& r : ready) core.done(session, r.need);
       given += ready.size();
@@ -263,7 +263,7 @@ void test_too_large() {
         std::string::npos);
   b.core.close_session(s);
   CHECK(b.core.largest_need_pages(0) == 2 && b.core.largest_need_pages(1) == 5);
-  b.use({2});
+  b.use({1});
 }
 
 void test_eviction_order() {
@@ -308,7 +308,7 @@ void test_own_records_stay() {
   // The half of a need that is here is not thrown out for the other half, though it is the coldest.
   Bench b({1, 3}, {1, 2, 1, 1}, 3, 1);
   b.use({0});
-  b.use({2});
+  b.use({1});
   const int32_t s = b.open({{0, 1, 1}});
   CHECK((b.running() == Records{1}) && b.resident() == Records{0});
   b.finish(1);

@@ -421,7 +421,8 @@ void check_composite(const Expert& a, const Expert& b, DType x_dtype) {
     double error = 0, norm = 0;
     for (int64_t i = 0; i < s.rows * s.cols; ++i)
       error += std::pow(out[i] - dense[m][i], 2), norm += std::pow(dense[m][i], 2);
-    expect(error <= 1e-5 * norm, "unpack of a sum, matrix " + std::to_string(m));
+    // Factors in 8-bit codes leave 3.5e-5 of their energy each.
+    expect(error <= 7e-5 * norm, "unpack of a sum, matrix " + std::to_string(m));
     if (!g.biased) continue;
     unpack_bias(g, view, m, bias.data());
     for (int64_t r = 0; r < s.rows; ++r)
