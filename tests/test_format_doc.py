@@ -242,7 +242,7 @@ def test_a_code_set_and_low_rank_factors_read_as_the_page_says(bits):
     payload, ranks = codec.encode_low_rank(factors, bits)
     low = PlainSet(payload, [(5, 131), (37, 5), (5, 37), (131, 5)], bits)
     shape = codec.Shape(131, 37, gated=False, biased=True)
-    chain = [(np.asarray(coded.payload), bits)]
+    chain = [(np.frombuffer(coded.payload, np.uint8), bits)]
     for m, (rows, cols) in enumerate(shapes):
         wanted = codec.decode_coded_ref(shape.coded, codec.chain_planes(chain), m)
         delta = codec.low_rank_ref(shape, payload, ranks, m, bits)
