@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from comoe.cli import aggregation, tables
+from comoe.cli import aggregation, planning, tables
 from comoe.cli.common import bytes_bar, count_bar, output, quiet_transformers
 from comoe.config import CoMoEConfig, parse_bytes
 
@@ -51,6 +51,7 @@ def add_to(app: typer.Typer) -> None:
         run,
         evaluate,
         inspect,
+        planning.plan,
         trace,
         doctor,
     ):

@@ -36,8 +36,8 @@ class NextUse(Clocked):
         worth: np.ndarray | None = None,
         *,
         half_life: float = 96.0,
-        recent_half_life: float = 2.0,
-        recent_share: float = 0.3,
+        recent_half_life: float = 3.0,
+        recent_share: float = 0.4,
         prior_tokens: float = 8.0,
     ):
         super().__init__(num_experts)
