@@ -11,7 +11,7 @@ import torch
 
 import comoe
 from comoe.aggregate.calibrate import Batch, calibrate, plan_windows, record
-from comoe.aggregate.calibration import Calibration
+from comoe.aggregate.calibration import FITTED, MEASURED, Calibration
 from comoe.aggregate.errors import CalibrationError
 from comoe.aggregate.experts import Expert, ExpertWeights, expert_forward, intermediate
 from comoe.aggregate.published import published
@@ -89,7 +89,7 @@ def test_experts_and_records_give_the_layers_own_output(family, tmp_path):
 
     model.comoe.experts_forward = noted
     ids = torch.randint(3, 130, (2, 12), generator=torch.Generator().manual_seed(0)).int().numpy()
-    batches = [Batch(ids[:1], 0, False), Batch(ids[1:], 0, True)]
+    batches = [Batch(ids[:1], 0, FITTED), Batch(ids[1:], 0, MEASURED)]
     found = record(model, batches, tmp_path / "calibration", ["text"], "")
     weights = ExpertWeights.open(tmp_path / "store", model.comoe.specs)
     for layer, outs in outputs.items():

@@ -74,8 +74,8 @@ class Report:
     """What aggregation found; seconds per stage.
 
     predicted: rows of fraction, predicted and measured KL (nats per token) on held-out calibration text.
-    distilled: level, kept, before and after (KL of all experts at that level on held-out calibration text),
-    steps and seconds; empty without distillation.  unused: levels that no point of the curve uses, which are
+    distilled: level, kept, before and after (KL of all experts at that level on the held-out text that chose,
+    which measures nothing afterwards), steps and seconds; empty without distillation.  unused: levels that no point of the curve uses, which are
     not in the store.
     """
 
@@ -92,13 +92,18 @@ class Report:
 class Workshop:
     """A packed folder opened for aggregation: its model under the budget, its weights and calibration."""
 
-    def __init__(self, dst: Path, *, memory: str | int | None = None) -> None:
+    def __init__(
+        self, dst: Path, *, memory: str | int | None = None, after_choice: bool = False
+    ) -> None:
+        """after_choice: distillation has chosen on its part of the text, which then measures nothing."""
         import comoe
 
         self.folder = dst
         self.model = comoe.load(dst, memory=memory, exact=True)
         self.weights = ExpertWeights.open(dst, self.model.comoe.specs)
         self.calibration = Calibration.open(dst, fingerprint=self.weights.fingerprint)
+        if after_choice:
+            self.calibration = self.calibration.after_choice()
         self.statistics = [
             LayerStatistics(self.weights, self.calibration, layer)
             for layer in range(self.weights.num_layers)
@@ -162,7 +167,7 @@ def aggregate(
         source, report.distilled = tuned(dst, DISTILLED, distil, memory=memory, progress=progress)
         sources = [source if x == Rounded(DISTILLED) else x for x in sources]
         clock.note(report, "distil")
-    with Workshop(dst, memory=memory) as shop:
+    with Workshop(dst, memory=memory, after_choice=bool(distil)) as shop:
         report.tokens = shop.calibration.num_tokens
         with shop.judge() as judge:
             partial = dst / "experts.partial"
