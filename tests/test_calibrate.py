@@ -15,7 +15,7 @@ from comoe.aggregate.calibration import FITTED, MEASURED, Calibration
 from comoe.aggregate.errors import CalibrationError
 from comoe.aggregate.experts import Expert, ExpertWeights, expert_forward, intermediate
 from comoe.aggregate.published import published
-from comoe.aggregate.statistics import LayerStatistics, data_free_error, super_experts
+from comoe.aggregate.statistics import LayerStatistics, super_experts
 
 TEXT = "def f(x):\n    return x + 1  # \u00e9t\u00e9\n" * 40
 OTHER = "The ladder has rungs, and every rung has a price. " * 25
@@ -212,7 +212,6 @@ def test_an_expert_that_no_token_chose(tmp_path):
     half = Expert(tuple(m / 2 for m in exact.matrices))
     assert statistics.gated_error(unseen, exact) == 0
     assert np.isfinite(statistics.gated_error(unseen, half))
-    assert data_free_error(exact, half) == pytest.approx(0.75)
     assert torch.isfinite(statistics.mean_output(unseen)).all()
     for moment in statistics.second_moments(unseen):
         torch.linalg.cholesky(moment)
@@ -233,6 +232,12 @@ def test_bad_texts(packed, tmp_path):
         calibrate(packed, {})
     with pytest.raises(CalibrationError, match="'a' cannot be read"):
         calibrate(packed, {"a": tmp_path / "none.txt"})
+    (tmp_path / "latin.txt").write_bytes("naïve".encode("latin-1"))
+    (tmp_path / "zeros.txt").write_bytes(b"a text\0\0\0")
+    with pytest.raises(CalibrationError, match=r"latin.txt is not UTF-8 text \(byte 2\)"):
+        calibrate(packed, {"a": tmp_path / "latin.txt"})
+    with pytest.raises(CalibrationError, match="zeros.txt has NUL bytes .*character 6"):
+        calibrate(packed, {"a": tmp_path / "zeros.txt"})
     with pytest.raises(CalibrationError, match="expected tokens >= 2"):
         calibrate(packed, {"a": TEXT}, tokens=1)
     assert Calibration.open(packed).num_tokens == 1024, "the old one is still there"

@@ -119,10 +119,7 @@ def plan_windows(
 
 def _ids(name: str, text: Text, tokenizer: Any) -> np.ndarray:
     if isinstance(text, Path):
-        try:
-            text = text.read_text(encoding="utf-8", errors="replace")
-        except OSError as error:
-            raise CalibrationError(f"calibrate: text {name!r} cannot be read: {error}") from error
+        text = _read(name, text)
     if isinstance(text, str):
         text = tokenizer(text, verbose=False)["input_ids"]
     ids = np.asarray(text, np.int32).reshape(-1)
@@ -131,6 +128,23 @@ def _ids(name: str, text: Text, tokenizer: Any) -> np.ndarray:
             f"calibrate: text {name!r}: expected at least 2 tokens, got {len(ids)}; give a longer text"
         )
     return ids
+
+
+def _read(name: str, path: Path) -> str:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise CalibrationError(f"calibrate: text {name!r} cannot be read: {error}") from error
+    except UnicodeDecodeError as error:
+        raise CalibrationError(
+            f"calibrate: text {name!r}: {path} is not UTF-8 text (byte {error.start}); convert it first"
+        ) from error
+    if "\0" in text:
+        raise CalibrationError(
+            f"calibrate: text {name!r}: {path} has NUL bytes (the first at character {text.index(chr(0))}), so it "
+            "is binary; give a text"
+        )
+    return text
 
 
 def _batches(windows: list[tuple[int, int, np.ndarray]], pass_tokens: int) -> Iterator[Batch]:
