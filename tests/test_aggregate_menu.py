@@ -186,6 +186,13 @@ def test_narrow_matrices_have_no_low_rank_rung(packed, monkeypatch):
     assert all(own[place] is None for own in menu.records)
 
 
+def test_a_rank_beyond_the_matrices_is_refused(packed, tmp_path):
+    folder = copied(packed, tmp_path / "ranks")
+    with pytest.raises(AggregateError, match=r"rank.*multiple of 16 up to 32.*got 48"):
+        aggregate(folder, sources=(Packed(), Based(rank=48)), validate=False)
+    assert not (folder / "experts.partial").exists()
+
+
 def test_spilled_records_come_back(tmp_path):
     one, two = (np.arange(n, dtype=np.uint8) for n in (7, 64))
     records = [[AddedRecord(fmt.MEAN, payload=one), None], [AddedRecord(fmt.MEAN, payload=two)] * 2]

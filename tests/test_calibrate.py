@@ -12,7 +12,7 @@ import torch
 import comoe
 from comoe.aggregate.calibrate import Batch, calibrate, plan_windows, record
 from comoe.aggregate.calibration import FITTED, MEASURED, Calibration
-from comoe.aggregate.errors import CalibrationError
+from comoe.aggregate.errors import AggregateError, CalibrationError
 from comoe.aggregate.experts import Expert, ExpertWeights, expert_forward, intermediate
 from comoe.aggregate.published import published
 from comoe.aggregate.statistics import LayerStatistics, super_experts
@@ -274,6 +274,12 @@ def test_activations_that_are_not_finite(tmp_path):
     with pytest.raises(CalibrationError, match=r"layers\.0.*NaN or infinite activations"):
         calibrate(packed, {"a": np.arange(3, 250)}, tokens=64, memory="200MB")
     assert not [p for p in packed.iterdir() if "calibration" in p.name], "nothing is left behind"
+
+
+def test_an_approximation_that_overflows(packed, statistics):
+    exact = statistics.weights.expert(0, 1)
+    with pytest.raises(AggregateError, match="approximation of expert 1 is not finite"):
+        statistics.gated_error(1, Expert(tuple(m * 1e38 for m in exact.matrices)))
 
 
 def test_a_disk_error_leaves_the_old_folder(tmp_path):

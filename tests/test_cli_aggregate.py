@@ -240,6 +240,27 @@ def test_a_text_too_small_for_the_experts(cli, packed, tmp_path):
     assert all(coarse[la * EXPERTS + e] > 0 for la, e in unseen)
 
 
+def test_weights_and_activations_that_are_not_finite(cli, texts, tmp_path):
+    """A bad expert is refused by pack; dense weights show when text runs through them."""
+    model = tiny_lm.qwen3_moe(num_experts=EXPERTS)
+    with torch.no_grad():
+        model.model.layers[1].mlp.experts.down_proj[2, 3, 4] = float("nan")
+    model.save_pretrained(tmp_path / "model")
+    tiny_lm.byte_tokenizer().save_pretrained(tmp_path / "model")
+    error = error_of(cli("pack", tmp_path / "model", tmp_path / "packed"))
+    assert "NaN" in error and "layers.1.mlp.experts" in error
+    with torch.no_grad():
+        model.model.layers[1].mlp.experts.down_proj[2, 3, 4] = 0.0
+        model.model.layers[0].post_attention_layernorm.weight[5] = float("inf")
+    model.save_pretrained(tmp_path / "model")
+    comoe.pack(tmp_path / "model", tmp_path / "packed")
+    for command in ("calibrate", "aggregate"):
+        options = ("--text", texts[0], "--tokens", 256, "--memory", "40MB")
+        error = error_of(cli(command, tmp_path / "packed", *options))
+        assert "layers.0.mlp.experts got NaN or infinite activations" in error
+    assert not (tmp_path / "packed" / "calibration").exists()
+
+
 def test_no_such_method_number_or_folder(cli, calibrated, tmp_path):
     def fails(*options: object) -> str:
         return error_of(cli("aggregate", calibrated[0], "--memory", "40MB", *options))
