@@ -104,12 +104,16 @@ class Runtime:
         if isinstance(self.planner, JointPlanner):
             self.planner.situation = self.live.situation(config.goal())
         least = self.planner.least(self.store_sizes, exact=config.exact)
-        floor = pool_floor(self.store_sizes.largest(least), store.page_bytes)
+        largest = self.store_sizes.largest(least)
+        in_full = self.store_sizes.total(store.levels.exact)
+        floor = pool_floor(largest, in_full, store.page_bytes)
         total = memory.available() if config.memory is None else config.memory
         fixed = SCRATCH_BYTES + RECORD_BYTES * sum(layer.records.size for layer in store.layers)
         self.budget = Budget(total, baseline, sizes, floor, fixed)
         planned = self.budget.planned_pool(config.max_context)
-        self._slab_bytes = slab_bytes(planned, floor, store.page_bytes)
+        self._slab_bytes = slab_bytes(
+            min(planned, in_full + floor), largest, floor, store.page_bytes
+        )
         self.plan = self._make_plan()
         self.engine, first = open_engine(
             store,
@@ -274,8 +278,8 @@ class Runtime:
             before = self.budget.memory
             self.budget.memory = parse_bytes(size)
             try:
+                self.budget.require(self.config.max_context, self._kv_held())
                 plan = self._make_plan()
-                self.budget.check(Step(1, 1), self._kv_held())
             except ValueError:
                 self.budget.memory = before
                 raise
@@ -368,6 +372,7 @@ class Runtime:
         everything = np.arange(self.records.count, dtype=np.int32)
         self.engine.set_value(everything, base.astype(np.float32))
         self._base = base
+        self.engine.forget_largest_need()
         self.engine.set_budget(plan.pool_bytes)
         # Then, until the cache knows better, whatever fits of what the plan aims at.
         self.engine.request(self.records.in_order(base), UPGRADE)
