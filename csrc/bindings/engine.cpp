@@ -116,6 +116,7 @@ static py::dict stats_dict(const EngineStats& s) {
   d["bytes_from_disk"] = s.backend.bytes_from_disk;
   d["buffered_reads"] = s.backend.buffered_reads;
   d["retries"] = s.backend.retries;
+  d["busy_seconds"] = s.backend.busy_seconds;
   d["io"] = s.backend.io;
   d["wait_seconds"] = s.wait_seconds;
   d["page_bytes"] = s.page_bytes;
