@@ -83,7 +83,9 @@ class Costs:
         layers = len(sizes.num_experts) if num_layers is None else num_layers
         return cls(
             compute,
-            dense_bytes / device.compute_bandwidth + layers * device.layer_overhead,
+            dense_bytes / device.compute_bandwidth
+            + layers * device.layer_overhead
+            + device.step_overhead,
             link.bandwidth.mean,
             link.latency.mean,
             overlap,
