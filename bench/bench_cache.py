@@ -117,6 +117,7 @@ def main() -> None:
     parser.add_argument("--text", action="append", default=[], metavar="NAME=FILE")
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--shares", type=float, nargs="+", default=SHARES)
+    parser.add_argument("--score-share", type=float, default=0.3, help="budget for the predictors")
     parser.add_argument("--bandwidth", type=float, default=DISK_BANDWIDTH)
     parser.add_argument("--latency", type=float, default=DISK_LATENCY)
     parser.add_argument("--write", action="store_true", help="append rows to bench/results")
@@ -162,6 +163,8 @@ def main() -> None:
                 ahead = "read ahead" if prefetch else "on demand "
                 seconds = time.perf_counter() - begin
                 print(f"  {share:.0%} {ahead} {shown} ({seconds:.0f} s)", flush=True)
+            if share != args.score_share:
+                continue
             plan = all_cached(sizes, sizes.all_at(level), pool)
             scores = score_predictors(
                 predictors_of(trace),
