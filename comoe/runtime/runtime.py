@@ -12,7 +12,6 @@ from comoe import _C, memory
 from comoe.config import CoMoEConfig, format_bytes, parse_bytes
 from comoe.policy.assumed import assumed_losses
 from comoe.policy.curve import Curve, CurvePlanner
-from comoe.policy.goal import Goal
 from comoe.policy.joint import GoalError, JointPlanner
 from comoe.policy.misses import MissRule
 from comoe.policy.plan import EvenPlanner, Plan, Planner, Sizes
