@@ -35,7 +35,7 @@ SECONDS_PER_NAT = 1e-12  # the least price that is told from none
 
 class GoalError(ValueError):
     """A loss or latency that no plan meets; the message says which, and what can be had.
-    nearest: Plan | None."""
+    nearest: the Plan that comes nearest to it; None from least_memory."""
 
     def __init__(self, message: str, nearest: Plan | None = None):
         super().__init__(message)
@@ -172,11 +172,12 @@ class JointPlanner:
         self, sizes: Sizes, options: Options, why: InfeasibleError, pool_bytes: int
     ) -> GoalError:
         goal, costs = self.situation.goal, self.situation.costs
+        if why.limit == 0:
+            nearest = all_cached(sizes, self.least(sizes, exact=False), pool_bytes)
+            return GoalError(f"the pool is too small for any plan: {why}", nearest)
         nearest = self._plan_of(
             sizes, options, _Answer(why.nearest, FIRST_AGE, NEVER_WAIT), pool_bytes
         )
-        if why.limit == 0:
-            return GoalError(f"the pool is too small for any plan: {why}", nearest)
         if goal.latency is None:
             return GoalError(
                 f"an expected loss of {goal.loss:.3g} nats per token cannot be met; the least is "
@@ -193,9 +194,11 @@ class JointPlanner:
 
     def _best_age(self, at: Callable[[int], _Answer | None]) -> _Answer | None:
         """The last age, if it still does; else the best one uphill from the first."""
-        best = at(FIRST_AGE if self._age is None else self._age)
-        if best is not None and self._age is not None:
-            return best
+        if self._age is not None:
+            best = at(self._age)
+            if best is not None:
+                return best
+        best = at(FIRST_AGE)
         for way in (-1, 1):
             step = FIRST_AGE + way
             while 0 <= step < len(AGES):

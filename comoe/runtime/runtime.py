@@ -13,7 +13,7 @@ from comoe.config import CoMoEConfig, format_bytes, parse_bytes
 from comoe.policy.assumed import assumed_losses
 from comoe.policy.curve import Curve, CurvePlanner
 from comoe.policy.goal import Goal
-from comoe.policy.joint import JointPlanner
+from comoe.policy.joint import GoalError, JointPlanner
 from comoe.policy.misses import MissRule
 from comoe.policy.plan import EvenPlanner, Plan, Planner, Sizes
 from comoe.policy.predictor import NoPredictor, Predictor, PrefetchGauge
@@ -49,7 +49,7 @@ CALM_STEPS = 8  # steps without pressure before the pool takes back what it lent
 def planner_of(store: Store, sizes: Sizes, config: CoMoEConfig, experts_per_token: int) -> Planner:
     """For a goal the joint planner; else by the measured curve of an aggregated store, or all alike."""
     losses = store.losses()
-    if config.goal() != Goal():
+    if config.quality is not None or config.latency is not None:
         if losses is None:
             return JointPlanner(*assumed_losses(sizes, experts_per_token))
         return JointPlanner(losses["loss"], losses["use"], losses["floor"])
@@ -104,12 +104,16 @@ class Runtime:
         if isinstance(self.planner, JointPlanner):
             self.planner.situation = self.live.situation(config.goal())
         least = self.planner.least(self.store_sizes, exact=config.exact)
-        floor = pool_floor(self.store_sizes.largest(least), store.page_bytes)
+        largest = self.store_sizes.largest(least)
+        in_full = self.store_sizes.total(store.levels.exact)
+        floor = pool_floor(largest, in_full, store.page_bytes)
         total = memory.available() if config.memory is None else config.memory
         fixed = SCRATCH_BYTES + RECORD_BYTES * sum(layer.records.size for layer in store.layers)
         self.budget = Budget(total, baseline, sizes, floor, fixed)
         planned = self.budget.planned_pool(config.max_context)
-        self._slab_bytes = slab_bytes(planned, floor, store.page_bytes)
+        self._slab_bytes = slab_bytes(
+            min(planned, in_full + floor), largest, floor, store.page_bytes
+        )
         self.plan = self._make_plan()
         self.engine, first = open_engine(
             store,
@@ -274,8 +278,8 @@ class Runtime:
             before = self.budget.memory
             self.budget.memory = parse_bytes(size)
             try:
+                self.budget.require(self.config.max_context, self._kv_held())
                 plan = self._make_plan()
-                self.budget.check(Step(1, 1), self._kv_held())
             except ValueError:
                 self.budget.memory = before
                 raise
@@ -295,11 +299,19 @@ class Runtime:
         )
         return min(pool_bytes, most) // self._slab_bytes * self._slab_bytes
 
-    def _make_plan(self, pool_bytes: int | None = None) -> Plan:
-        """What the pool can hold."""
-        return self.planner.plan(
-            self.store_sizes, self._planned_pool(pool_bytes), exact=self.config.exact
-        )
+    def _make_plan(self) -> Plan:
+        """What is best with the budget. Raises GoalError where it cannot meet the goal."""
+        return self._plan_for(self._planned_pool())
+
+    def _plan_for(self, pool_bytes: int) -> Plan:
+        return self.planner.plan(self.store_sizes, pool_bytes, exact=self.config.exact)
+
+    def _nearest_plan(self, pool_bytes: int) -> Plan:
+        """What comes nearest to the goal with less memory than the budget, for a while."""
+        try:
+            return self._plan_for(self._planned_pool(pool_bytes))
+        except GoalError as error:
+            return error.nearest
 
     def _govern(self, coming: int, stats: dict, *, within: bool = False) -> None:
         """Lends pool memory to the rest of the process, of which `coming` bytes are about to be taken,
@@ -315,12 +327,12 @@ class Runtime:
             self._calm = 0
             # Room for the next steps as well, since each change stops what is read ahead.
             target = max(target - LONG_STEP, least)
-            self._install(self._make_plan(target))
+            self._install(self._nearest_plan(target))
         elif target > self.plan.pool_bytes and not within:
             self._calm += 1
             if self._calm >= CALM_STEPS:
                 self._calm = 0
-                self._install(self._make_plan(target))
+                self._install(self._nearest_plan(target))
 
     def _least_pool(self) -> int:
         """Bytes of pool, in whole slabs, that the present plan can work with."""
@@ -360,6 +372,7 @@ class Runtime:
         everything = np.arange(self.records.count, dtype=np.int32)
         self.engine.set_value(everything, base.astype(np.float32))
         self._base = base
+        self.engine.forget_largest_need()
         self.engine.set_budget(plan.pool_bytes)
         # Then, until the cache knows better, whatever fits of what the plan aims at.
         self.engine.request(self.records.in_order(base), UPGRADE)

@@ -260,6 +260,9 @@ void bind_engine(py::module_& m) {
            py::call_guard<py::gil_scoped_release>(),
            "Returns when the memory is back with the system; raises with the reason if it is not "
            "in time.")
+      .def("forget_largest_need", &Engine::forget_largest_need,
+           py::call_guard<py::gil_scoped_release>(),
+           "Says that lower levels are asked for from now on, which need less room.")
       .def(
           "minimum_budget",
           [](const Engine& engine, std::optional<int> level) {
