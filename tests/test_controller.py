@@ -11,6 +11,7 @@ from comoe.policy.controller import LOG, SLACK, Controller
 from comoe.policy.costs import Costs
 from comoe.policy.curve import Curve, CurvePlanner
 from comoe.policy.goal import Goal
+from comoe.policy.joint import GoalError
 from comoe.policy.plan import LADDER, BudgetError, EvenPlanner, Sizes
 from comoe.policy.snapshot import Estimate, Link, Snapshot
 
@@ -96,7 +97,9 @@ def test_oscillating_memory_does_not_thrash(hertz, shape, sampled):
     assert len(world.decisions) <= (falls if fast else falls * (1 + hertz * seconds))
     assert len(world.decisions) / seconds <= 1.0
     if fast and sampled < 0.1:
-        assert sum(not d.demotes for d in world.decisions) <= 1  # from 5 % below the bottom up to it
+        assert (
+            sum(not d.demotes for d in world.decisions) <= 1
+        )  # from 5 % below the bottom up to it
         assert world.controller.plan.pool_bytes <= 0.41 * FULL
         assert world.controller.plan.pool_bytes >= 0.36 * FULL
 
@@ -170,12 +173,6 @@ class FakeSituation:
     use: np.ndarray | None = None
 
 
-class GoalMissed(ValueError):
-    def __init__(self, message, nearest):
-        super().__init__(message)
-        self.nearest = nearest
-
-
 class FakePlanner(EvenPlanner):
     """Wants 2 bits where reading is slow, so that a change of speed is a change of plan."""
 
@@ -193,7 +190,7 @@ class FakePlanner(EvenPlanner):
             level = int(np.clip(math.log2(costs.bandwidth / 1e8), 0, 3))
             plan = replace(plan, want_level=sizes.all_at(level))
         if goal.latency is not None and goal.latency < 1e-3:
-            raise GoalMissed("a latency of 1 ms cannot be met", plan)
+            raise GoalError("a latency of 1 ms cannot be met", plan)
         return plan
 
 

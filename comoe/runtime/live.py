@@ -11,14 +11,12 @@ import numpy as np
 
 from comoe import _C
 from comoe.policy.costs import Costs
-from comoe.policy.goal import Goal
-from comoe.policy.joint import Situation
 from comoe.policy.misses import LeastCost, MissRule
 from comoe.policy.monitor import Monitor
 from comoe.policy.plan import Plan, Sizes
 from comoe.policy.profile import InputProfile
 from comoe.policy.smoothing import Smoothed
-from comoe.policy.snapshot import Estimate, Link
+from comoe.policy.snapshot import Estimate, Link, Snapshot
 from comoe.runtime.spec import ExpertsSpec
 
 TIER = "disk"
@@ -84,16 +82,13 @@ class Live:
         if dense > 0:
             self._dense.add(dense)
 
-    def costs(self) -> Costs:
+    def costs(self, snapshot: Snapshot | None = None) -> Costs:
         """What things take, as far as this run has shown."""
-        link = self.monitor.poll().tiers[TIER]
+        link = (snapshot or self.monitor.poll()).tiers.get(TIER, FIRST_LINK)
         changes: dict = {"bandwidth": link.bandwidth.mean, "latency": link.latency.mean}
         if self._dense.estimate.samples:
             changes["dense"] = self._dense.estimate.mean
         return replace(self._costs, **changes)
-
-    def situation(self, goal: Goal) -> Situation:
-        return Situation(goal, self.costs(), self.profile.use() if self.profile.seen else None)
 
     def rule(self, plan: Plan, loss: np.ndarray, use: np.ndarray) -> MissRule | None:
         """What to do about misses under `plan`; None: wait, which is all there is to decide.
