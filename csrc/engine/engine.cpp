@@ -377,6 +377,11 @@ int64_t Engine::minimum_budget(int level) const {
   return minimum_budget_locked(*state_, level);
 }
 
+void Engine::forget_largest_need() {
+  std::lock_guard<std::mutex> lock(state_->mutex);
+  state_->core.forget_largest_need();
+}
+
 void Engine::set_budget(int64_t bytes, double timeout_seconds) {
   std::unique_lock<std::mutex> lock(state_->mutex);
   EngineState& s = *state_;

@@ -109,7 +109,10 @@ class Engine {
   // Returns when the memory above the budget is back with the system; if it is not within the
   // timeout, because sessions hold pages, throws; the new budget is in force all the same.
   void set_budget(int64_t bytes, double timeout_seconds = 10);
-  // Least budget for the largest need of any session so far (at least level 0 of every expert);
+  // For callers that from now on ask for lower levels: what sessions asked for before keeps no
+  // room.
+  void forget_largest_need();
+  // Least budget for the largest need of any session since then (at least level 0 of every expert);
   // with a level, for every expert at any level up to it.
   int64_t minimum_budget(int level = -1) const;
 

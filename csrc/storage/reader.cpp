@@ -32,6 +32,10 @@ bool accepts_direct(int fd) {
   return true;
 }
 
+double seconds_since(std::chrono::steady_clock::time_point begin) {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+}
+
 }  // namespace
 
 Reader::~Reader() {
@@ -73,6 +77,7 @@ int64_t Reader::file_bytes(int32_t file) const {
 BackendStats Reader::stats() const {
   std::lock_guard<std::mutex> lock(mutex_);
   BackendStats stats = stats_;
+  if (running_ > 0) stats.busy_seconds += seconds_since(busy_since_);
   stats.io = kind();
   return stats;
 }
@@ -122,6 +127,7 @@ bool Reader::next_chunk(Chunk& chunk) {
   chunk.task = task;
   chunk.demand = !demand_.empty();
   others_running_ += !chunk.demand;
+  if (running_++ == 0) busy_since_ = std::chrono::steady_clock::now();
   chunk.begin = task->next;
   chunk.bytes = std::min(config_.chunk_bytes, task->extent_bytes - task->next);
   // No sliver at the end: it would cost a whole request.
@@ -216,6 +222,7 @@ void Reader::finish_chunk(const Chunk& chunk) {
     std::lock_guard<std::mutex> lock(mutex_);
     --task->chunks_running;
     others_running_ -= !chunk.demand;
+    if (--running_ == 0) stats_.busy_seconds += seconds_since(busy_since_);
     if (!task->error.empty() && task->next < task->extent_bytes) {  // no use in reading the rest
       std::deque<ReadTask*>& queue = task->job.demand ? demand_ : others_;
       queue.erase(std::find(queue.begin(), queue.end(), task));

@@ -10,6 +10,7 @@
 #include <sys/uio.h>
 
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <deque>
 #include <map>
@@ -104,7 +105,8 @@ class Reader {
 
   std::vector<std::unique_ptr<DataFile>> files_;
   std::map<int32_t, std::unique_ptr<ReadTask>> tasks_;  // by record
-  int others_running_ = 0;                              // chunks
+  int running_ = 0, others_running_ = 0;                // chunks
+  std::chrono::steady_clock::time_point busy_since_;    // where running_ > 0
   std::deque<ReadTask*> demand_, others_;               // with bytes that no chunk covers yet
 };
 
