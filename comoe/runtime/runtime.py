@@ -26,6 +26,7 @@ from comoe.runtime.engine import (
     store_sizes,
 )
 from comoe.runtime.prefill import forward_unpacked
+from comoe.runtime.reader_core import ReaderCore
 from comoe.runtime.spec import ExpertsSpec
 from comoe.store import Store
 from comoe_kernels.expert_ffn import prefill_rows
@@ -72,6 +73,7 @@ class Runtime:
         self.planner = planner or planner_of(store)
         self.upgrades = upgrades or RecentUse([spec.num_experts for spec in specs])
         self.gauge = PrefetchGauge()
+        self._reader_core = ReaderCore()
         self._on_close = on_close
         self._lock = threading.RLock()  # one step, or one change of budget, at a time
         self._closed = False
@@ -235,6 +237,12 @@ class Runtime:
                 self._upgrade()
             for used in self._used:
                 used[:] = 0
+            if not self.plan.resident:
+                self._reader_core.begin(step.batch * step.tokens, engine["wait_seconds"])
+
+    def end_step(self) -> None:
+        """Called after every forward pass, also one that failed."""
+        self._reader_core.end()
 
     def set_memory(self, size: str | int) -> str:
         """Changes the budget of a running model; returns the new plan in one line.
