@@ -34,6 +34,7 @@ from comoe.runtime.engine import (
 from comoe.runtime.live import Live
 from comoe.runtime.missing import MissHandler
 from comoe.runtime.prefill import forward_unpacked
+from comoe.runtime.reader_core import ReaderCore
 from comoe.runtime.spec import ExpertsSpec
 from comoe.store import Store
 from comoe_kernels.expert_ffn import prefill_rows
@@ -98,6 +99,7 @@ class Runtime:
             None  # levels in force while a better plan is being loaded
         )
         self._snapshot: Snapshot | None = None
+        self._reader_core = ReaderCore()
         self._on_close = on_close
         self._lock = threading.RLock()  # one step, or one change of budget, at a time
         self._closed = False
@@ -293,6 +295,12 @@ class Runtime:
             if self._rising is not None and self._has(self._base):
                 self._rising = None
                 self._set_levels()
+            if not self.plan.resident:
+                self._reader_core.begin(step.batch * step.tokens, engine["wait_seconds"])
+
+    def end_step(self) -> None:
+        """Called after every forward pass, also one that failed."""
+        self._reader_core.end()
 
     def set_memory(self, size: str | int) -> str:
         """Changes the budget of a running model; returns the new plan in one line.
