@@ -96,7 +96,9 @@ def test_oscillating_memory_does_not_thrash(hertz, shape, sampled):
     assert len(world.decisions) <= (falls if fast else falls * (1 + hertz * seconds))
     assert len(world.decisions) / seconds <= 1.0
     if fast and sampled < 0.1:
-        assert sum(not d.demotes for d in world.decisions) <= 1  # from 5 % below the bottom up to it
+        assert (
+            sum(not d.demotes for d in world.decisions) <= 1
+        )  # from 5 % below the bottom up to it
         assert world.controller.plan.pool_bytes <= 0.41 * FULL
         assert world.controller.plan.pool_bytes >= 0.36 * FULL
 
