@@ -50,7 +50,7 @@ class Decision:
 
     def describe(self) -> str:
         pools = format_bytes(self.after.pool_bytes)
-        if self.before is not None:
+        if self.before is not None and self.before.pool_bytes != self.after.pool_bytes:
             pools = f"{format_bytes(self.before.pool_bytes)} -> {pools}"
         return f"{self.time:9.2f} s  {self.reason}: pool {pools}; {self.after.describe()}"
 
