@@ -21,19 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from bench_aggregate import library_text
 from harness import RESULTS, conditions
 
 import comoe
 from comoe.aggregate import decompose
-from comoe.aggregate.allocate import (
-    Losses,
-    judge_choice,
-    losses_of,
-    measure_errors,
-    measure_sensitivity,
-)
+from comoe.aggregate.allocate import Losses, losses_of, measure_errors, measure_sensitivity
 from comoe.aggregate.build import SOURCES, Workshop
 from comoe.aggregate.calibrate import calibrate
 from comoe.aggregate.candidates import (
@@ -42,6 +35,7 @@ from comoe.aggregate.candidates import (
     Rounded,
     Rung,
     coded_set,
+    expert_at,
     layer_menu,
     mask_of,
     place,
@@ -49,7 +43,7 @@ from comoe.aggregate.candidates import (
     set_of,
 )
 from comoe.aggregate.experts import Expert
-from comoe.aggregate.judge import Judge
+from comoe.aggregate.judge import Judge, Verdict
 from comoe.aggregate.statistics import LayerStatistics, super_experts
 from comoe.demo import CONTEXT, WINDOW, model_folder
 from comoe.evaluate import encode, plan_windows
@@ -94,8 +88,7 @@ class Anchored:
             place(menu, expert, first, held, self.bits)
             sizes.append(np.cumsum([len(p) for p in held.payloads]))
             for bits in rungs:
-                decoded = tuple(torch.from_numpy(m.decode(bits)) for m in coded)
-                found[bits].append(Expert(decoded, exact.biases))
+                found[bits].append(expert_at(exact, coded, bits))
         for number, bits in enumerate(rungs):
             own = np.array([size[number] for size in sizes], np.int64)
             mask = mask_of(first, number + 1)
@@ -147,6 +140,15 @@ def needed(menus: list[LayerMenu], losses: Losses, shop: Workshop, choice: np.nd
     return found
 
 
+def judged(judge: Judge, menus: list[LayerMenu], losses: Losses, choice: np.ndarray) -> Verdict:
+    layers = {}
+    for menu in menus:
+        mine = choice[losses.layer == menu.layer].tolist()
+        experts = [menu.rung(losses.levels[x]).stand_in(e) for e, x in enumerate(mine)]
+        layers[menu.layer] = experts.__getitem__
+    return judge.measure(layers)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=49_152, help="of calibration")
@@ -192,7 +194,7 @@ def measure(shop: Workshop, packed: Path, max_tokens: int | None) -> list[dict]:
                     for a, b in CHANGES
                 }
                 for fraction, choice in choices.items():
-                    verdict = judge_choice(judge, menus, losses, choice)
+                    verdict = judged(judge, menus, losses, choice)
                     ratio = verdict.perplexity / verdict.perplexity_exact - 1
                     rows.append(
                         {
