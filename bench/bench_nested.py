@@ -8,8 +8,9 @@ Not nested: 2c, 3c, 4c, each an expert's own codes. Nested candidates, all made 
     2m 3m      the same of one set of 3 bits
     2c+r       2c, and what it lost in 2 more bits: nests upward from 2c, without a rung of 3 bits
 
-For each menu the allocator chooses within the same bytes and the choice is measured in the whole model on
-held-out modules. Conditions are those of bench/results/sweep.json, except that nothing is written to a store.
+For each menu, with the mean, 8 bits and exact, the allocator chooses within the same bytes; the choice is
+measured in the whole model on held-out modules. Conditions are those of bench/results/sweep.json, except that
+nothing is written to a store and nothing is merged.
 """
 
 from __future__ import annotations
@@ -27,11 +28,13 @@ from harness import RESULTS, conditions
 import comoe
 from comoe.aggregate import decompose
 from comoe.aggregate.allocate import Losses, losses_of, measure_errors, measure_sensitivity
-from comoe.aggregate.build import SOURCES, Workshop
+from comoe.aggregate.build import Workshop
 from comoe.aggregate.calibrate import calibrate
 from comoe.aggregate.candidates import (
     PLANES,
     LayerMenu,
+    Mean,
+    Packed,
     Rounded,
     Rung,
     coded_set,
@@ -52,8 +55,7 @@ from comoe.store import format as fmt
 
 FRACTIONS = (0.3, 0.2, 0.14)
 CHANGES = ((0.3, 0.2), (0.2, 0.3), (0.3, 0.14), (0.14, 0.3))
-FINE = ("8", "exact")
-MERGES = ("merge2.2c", "merge2.3c", "base.2c", "base.lr", "mean")
+REST = ("mean", "8", "exact")  # in every menu
 MENUS = {
     "own sets (2c 3c 4c)": ("2c", "3c", "4c"),
     "packer's planes (2 3 4)": ("2", "3", "4"),
@@ -61,8 +63,6 @@ MENUS = {
     "truncated from 3, own 4c (2m 3m)": ("2m", "3m", "4c"),
     "own 2c, truncated above (2c 3n 4n)": ("2c", "3n", "4n"),
     "own 2c and rest of it (2c 2c+r)": ("2c", "2c+r"),
-    "own 2c, own 3c, rest (2c 3c 2c+r)": ("2c", "3c", "2c+r"),
-    "own 2c, rest, truncated (2c 2c+r 3n 4n)": ("2c", "2c+r", "3n", "4n"),
 }
 
 
@@ -95,11 +95,8 @@ class Anchored:
             menu.rungs.append(Rung(f"{bits}{self.mark}", mask, own, found[bits].__getitem__))
 
 
-@dataclass(frozen=True)
 class Rest:
-    """On the set `2c`, whose records begin at `base`: 2 more bits for what it lost."""
-
-    base: int
+    """On the set `2c`: 2 more bits for what it lost."""
 
     places = 1
 
@@ -117,10 +114,8 @@ class Rest:
         menu.rungs.append(Rung("2c+r", mask, np.array(own), held.__getitem__, kind="residual"))
 
 
-def sources() -> tuple:
-    before = SOURCES.index(Rounded(2))
-    base = fmt.NUM_RECORDS + sum(source.places for source in SOURCES[:before])
-    return (*SOURCES, Anchored(4, "n"), Anchored(3, "m"), Rest(base))
+OWN = (Packed(), Mean(), Rounded(2), Rounded(3), Rounded(4))
+SOURCES = (*OWN, Anchored(4, "n"), Anchored(3, "m"), Rest())
 
 
 def needed(menus: list[LayerMenu], losses: Losses, shop: Workshop, choice: np.ndarray) -> dict:
@@ -169,7 +164,7 @@ def measure(shop: Workshop, packed: Path, max_tokens: int | None) -> list[dict]:
     menus, errors, sensitivities = [], [], []
     with shop.judge() as judge:
         for statistics in shop.statistics:
-            menus.append(layer_menu(statistics, sources()))
+            menus.append(layer_menu(statistics, SOURCES))
             errors.append(measure_errors(statistics, menus[-1]))
             sensitivities.append(measure_sensitivity(judge, menus[-1], *errors[-1]))
     supers = super_experts([s.peaks for s in shop.statistics])
@@ -184,35 +179,21 @@ def measure(shop: Workshop, packed: Path, max_tokens: int | None) -> list[dict]:
     windows = plan_windows(len(ids), WINDOW, CONTEXT)
     rows = []
     with Judge(shop.model, shop.weights, ids, windows) as judge:
-        for merges in (False, True):
-            for name, levels in MENUS.items():
-                names = (*levels, *FINE, *(MERGES if merges else ("mean",)))
-                choices = {f: losses.solve(f, levels=names).choice for f in FRACTIONS}
-                needs = {f: needed(menus, losses, shop, c) for f, c in choices.items()}
-                read = {
-                    f"{a:g}->{b:g}": sum(n for k, n in needs[b].items() if k not in needs[a])
-                    for a, b in CHANGES
-                }
-                for fraction, choice in choices.items():
-                    verdict = judged(judge, menus, losses, choice)
-                    ratio = verdict.perplexity / verdict.perplexity_exact - 1
-                    rows.append(
-                        {
-                            "menu": name,
-                            "merges": merges,
-                            "fraction": fraction,
-                            "expert_bytes": losses.bytes_of(choice),
-                            "perplexity": verdict.perplexity,
-                            "perplexity_exact": verdict.perplexity_exact,
-                            "kl": verdict.kl,
-                            "tokens": len(ids),
-                            "bytes_read": read,
-                        }
-                    )
-                    print(
-                        f"{name}{' + merges' if merges else ''} {fraction:.0%}: "
-                        f"{ratio:+.2%} / {verdict.kl:.4f}  {read if fraction == 0.3 else ''}"
-                    )
+        for name, levels in MENUS.items():
+            choices = {f: losses.solve(f, levels=(*levels, *REST)).choice for f in FRACTIONS}
+            needs = {f: needed(menus, losses, shop, c) for f, c in choices.items()}
+            read = {
+                f"{a:g}->{b:g}": sum(n for k, n in needs[b].items() if k not in needs[a])
+                for a, b in CHANGES
+            }
+            row = {"menu": name, "tokens": len(ids), "bytes_read": read}
+            for fraction, choice in choices.items():
+                verdict = judged(judge, menus, losses, choice)
+                over = verdict.perplexity / verdict.perplexity_exact - 1
+                row[f"{fraction:g}"] = {"over_exact": round(over, 4), "kl": round(verdict.kl, 4)}
+                print(f"{name} {fraction:.0%}: {over:+.2%} / {verdict.kl:.4f}", flush=True)
+            print(f"{name} bytes read: {read}", flush=True)
+            rows.append(row)
     return rows
 
 
