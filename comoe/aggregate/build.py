@@ -38,6 +38,7 @@ from comoe.aggregate.candidates import (
     Packed,
     Rounded,
     Source,
+    Truncated,
     layer_menu,
 )
 from comoe.aggregate.errors import AggregateError
@@ -64,6 +65,8 @@ SOURCES: tuple[Source, ...] = (
     Based(),
     Mean(),
 )
+# 3 and 4 bits are planes of one set: a change between them reads a plane, and it loses little.
+NESTED = (*(s for s in SOURCES if s not in (Rounded(3), Rounded(4))), Truncated())
 DISTILLED = 2  # bits of the set that distillation tunes: the coarsest, where it gains most
 CURVE = tuple(np.round(np.geomspace(0.02, 1.0, 48), 4).tolist())
 VALIDATED = (0.3, 0.2, 0.14)  # fractions at which the prediction is compared with a measurement
