@@ -190,7 +190,9 @@ def main() -> None:
                 how = "read ahead" if prefetch else "on demand"
                 print(f"all texts and budgets, {how}: {name} closes {closed:.1%}")
     if args.write:
-        print(write_rows("cache", rows), write_rows("predictors", scored))
+        for name, found in (("cache", rows), ("predictors", scored)):
+            if found:
+                print(write_rows(name, found))
 
 
 if __name__ == "__main__":
