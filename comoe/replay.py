@@ -16,10 +16,11 @@ from comoe.policy.cache import LFU, LRU, CachePolicy
 from comoe.policy.cache_scores import GreedyDual, Hobbit, HybriMoE
 from comoe.policy.costs import Costs
 from comoe.policy.next_use import Belady, NextUse
-from comoe.policy.plan import BudgetError, Plan, Sizes
+from comoe.policy.plan import BudgetError, Sizes, all_cached
 from comoe.policy.predictor import Predictor
-from comoe.policy.predictors import BestOf, Recorded, TokenTable
+from comoe.policy.predictors import BestOf, Recorded
 from comoe.policy.simulator import Result, Simulator, check_trace
+from comoe.policy.token_table import TokenTable
 from comoe.trace import Trace
 
 SHARES = (0.1, 0.2, 0.3, 0.5)  # of the bytes of all experts at the level replayed
@@ -64,13 +65,6 @@ def predictor_for(trace: Trace) -> Predictor:
     return BestOf(predictors)
 
 
-def cached_plan(sizes: Sizes, level: int, pool_bytes: int) -> Plan:
-    """Every expert at one level, as many as fit cached."""
-    levels = sizes.all_at(level)
-    resident = sizes.total(level) <= pool_bytes
-    return Plan(sizes.levels, levels, levels, resident, pool_bytes, pool_bytes)
-
-
 def default_costs(sizes: Sizes, bandwidth: float, latency: float, dense_bytes: int = 0) -> Costs:
     """Costs of a CPU that streams weights at 10 GB/s, with a disk of `bandwidth` and `latency`."""
     compute = np.where(sizes.has, sizes.bytes_at / COMPUTE, np.inf)
@@ -94,7 +88,7 @@ def compare(
     prefetch: all read ahead alike, by the same predictions.
     """
     check_trace(trace, sizes)
-    plan = cached_plan(sizes, level, pool_bytes)
+    plan = all_cached(sizes, sizes.all_at(level), pool_bytes)
     rows = []
     for name in policies:
         result: Result = Simulator(
@@ -152,7 +146,7 @@ def replay(
             raise BudgetError(
                 f"replay: --memory: {pool_bytes:,} bytes do not hold one expert, which takes {one:,}"
             )
-    costs = default_costs(sizes, bandwidth, latency, store.dense_bytes)
+    costs = default_costs(sizes, bandwidth, latency, store.manifest.dense_bytes)
     rows, done = [], 0
 
     def step() -> None:

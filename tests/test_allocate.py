@@ -14,7 +14,7 @@ import comoe
 from comoe.aggregate.allocate import Losses, interpolated
 from comoe.aggregate.based import Based
 from comoe.aggregate.build import Workshop, aggregate
-from comoe.aggregate.candidates import Mean, Merged, Packed, Rounded, layer_menu
+from comoe.aggregate.candidates import Mean, Merged, Packed, Rounded, Truncated, layer_menu
 from comoe.aggregate.experts import Expert
 from comoe.aggregate.stored import StoredRungs, level_sizes
 from comoe.aggregate.sweep import Sweep, plot_rows, price_of_change, run_sweep
@@ -88,6 +88,24 @@ def test_the_store_holds_what_was_measured(packed, aggregated):
     assert not (folder / "experts.partial").exists()
 
 
+def test_three_bits_nest_in_four(packed, tmp_path):
+    folder = tmp_path / "nested"
+    shutil.copytree(packed, folder)
+    levels = aggregate(folder, sources=(Packed(), Truncated()), validate=False).levels
+    store = Store.open(folder)
+    three, four = (levels.index(name) for name in ("3n", "4n"))
+    masks = store.levels.masks
+    assert masks[three] & masks[four] == masks[three] != masks[four]
+    with Workshop(folder) as shop:
+        statistics = shop.statistics[0]
+        menu = layer_menu(statistics, (Rounded(4), Truncated()))
+        rungs = StoredRungs(shop.weights)
+        for expert in range(4):
+            for level, name in ((three, "3n"), (four, "4n")):
+                _same(rungs.expert(0, expert, level), menu.rung(name).stand_in(expert))
+            _same(menu.rung("4n").stand_in(expert), menu.rung("4c").stand_in(expert))
+
+
 def _same(found, expected) -> None:
     if isinstance(expected, Expert):
         for a, b in zip(found.matrices, expected.matrices, strict=True):
@@ -107,8 +125,13 @@ def test_losses_and_curve_are_in_order(aggregated):
     assert by_name["8"] < by_name["4"] < by_name["3"] < by_name["2"] < by_name["mean"]
     assert (np.diff(losses["curve_loss"]) <= 1e-9).all()
     assert (np.diff(losses["curve_bytes"]) >= 0).all()
+    refined = report.refined
+    assert len(refined["scale"]) == 2 and refined["before"].keys() == refined["after"].keys()
     assert len(report.predicted) == 3
     for row in report.predicted:
+        # What is kept is what measured better.
+        kl = refined["after" if refined["kept"] else "before"]
+        assert min(abs(row["measured"] - measured) for measured in kl.values()) < 1e-9
         assert 0 < row["measured"] < 20 * row["predicted"] + 1e-3
 
 

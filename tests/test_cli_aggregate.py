@@ -107,7 +107,8 @@ def test_aggregate_prints_what_was_chosen_and_measured(cli, calibrated, tmp_path
     for row in found["predicted"]:
         assert row["predicted"] >= 0 and row["measured"] >= -1e-6
         assert row["perplexity_exact"] == found["predicted"][0]["perplexity_exact"] > 1
-    assert {"layers", "curve", "validate"} <= set(found["seconds"])
+    assert {"layers", "curve", "refine", "validate"} <= set(found["seconds"])
+    assert len(found["refined"]["scale"]) == LAYERS
 
 
 def test_aggregate_calibrates_and_distils(cli, packed, texts, tmp_path):
@@ -124,12 +125,25 @@ def test_aggregate_calibrates_and_distils(cli, packed, texts, tmp_path):
     assert status == 0 and out
 
 
+def test_aggregate_nests_three_bits_in_four(cli, calibrated, tmp_path):
+    folder = tmp_path / "nested"
+    shutil.copytree(calibrated[0], folder)
+    found = ok_json(cli("aggregate", folder, "--nested", "--memory", "40MB", "--json"))
+    assert {"3n", "4n"} <= {*found["levels"], *found["unused"]}
+    assert not {"3c", "4c"} & {*found["levels"], *found["unused"]}
+
+
 def test_aggregate_shows_tables(cli, calibrated, tmp_path):
     folder = tmp_path / "shown"
     shutil.copytree(calibrated[0], folder)
     status, out, err = cli("aggregate", folder, "--memory", "40MB", "--distil", 1)
     assert status == 0, err
-    for text in ("levels, coarsest first: ", "KL predicted", "distillation of 2c, 1 steps"):
+    for text in (
+        "levels, coarsest first: ",
+        "KL predicted",
+        "losses of layers at the whole choice",
+        "distillation of 2c, 1 steps",
+    ):
         assert text in out
 
 
@@ -275,3 +289,7 @@ def test_no_such_method_number_or_folder(cli, calibrated, tmp_path):
     for options in (("--method", "ream"), ("--experts", 3), ("--method", "ream", "--experts", 3)):
         status, _, err = cli("aggregate", calibrated[0], *options)
         assert status == 2 and "belong together" in err
+    whole = ("--method", "ream", "--experts", 3, *out)
+    for option in (("--distil", 3), ("--nested",)):
+        status, _, err = cli("aggregate", calibrated[0], *whole, *option)
+        assert status == 2 and option[0] in err and "leave it out" in err

@@ -11,6 +11,7 @@ from comoe.policy.controller import LOG, SLACK, Controller
 from comoe.policy.costs import Costs
 from comoe.policy.curve import Curve, CurvePlanner
 from comoe.policy.goal import Goal
+from comoe.policy.joint import GoalError
 from comoe.policy.plan import LADDER, BudgetError, EvenPlanner, Sizes
 from comoe.policy.snapshot import Estimate, Link, Snapshot
 
@@ -172,12 +173,6 @@ class FakeSituation:
     use: np.ndarray | None = None
 
 
-class GoalMissed(ValueError):
-    def __init__(self, message, nearest):
-        super().__init__(message)
-        self.nearest = nearest
-
-
 class FakePlanner(EvenPlanner):
     """Wants 2 bits where reading is slow, so that a change of speed is a change of plan."""
 
@@ -195,7 +190,7 @@ class FakePlanner(EvenPlanner):
             level = int(np.clip(math.log2(costs.bandwidth / 1e8), 0, 3))
             plan = replace(plan, want_level=sizes.all_at(level))
         if goal.latency is not None and goal.latency < 1e-3:
-            raise GoalMissed("a latency of 1 ms cannot be met", plan)
+            raise GoalError("a latency of 1 ms cannot be met", plan)
         return plan
 
 

@@ -5,6 +5,7 @@ one list of levels (name, record mask) serves the whole store:
 
     Packed        2, 3, 4, 8: the planes that packing wrote                       no new records
     Rounded(b)    2c, 3c, 4c: codes chosen with second moments of the inputs      planes of b bits
+    Truncated()   3n, 4n: such a set of 4 bits, and its upper 3                   planes of 4 bits
     Tuned(b)      the same sets after distillation (comoe/aggregate/tuning.py)    planes of b bits
     Merged(n, b)  E/n groups, each one expert for all its members, in b bits      planes, shared
     Based         a layer's base and a residual, or a low-rank delta (based.py)   shared planes, both deltas
@@ -169,8 +170,13 @@ def set_of(expert: Expert, coded: Sequence[CodedMatrix], bits: int) -> CodedSet:
     """Coded matrices of an expert as records; its biases stay as they are."""
     shape = shape_of(expert.matrices, biased=bool(expert.biases))
     payloads = to_payloads(shape, coded, [b.float().numpy() for b in expert.biases], bits=bits)
+    return CodedSet(expert_at(expert, coded, bits), payloads)
+
+
+def expert_at(expert: Expert, coded: Sequence[CodedMatrix], bits: int) -> Expert:
+    """What coded matrices of an expert stand for at their upper `bits`."""
     matrices = tuple(torch.from_numpy(np.ascontiguousarray(m.decode(bits))) for m in coded)
-    return CodedSet(Expert(matrices, expert.biases), payloads)
+    return Expert(matrices, expert.biases)
 
 
 def place(
@@ -232,6 +238,31 @@ class Tuned(Rounded):
 
     def sets(self, statistics: LayerStatistics) -> list[CodedSet]:
         return list(self.known[statistics.layer_idx])
+
+
+@dataclass(frozen=True)
+class Truncated:
+    """One set of 4 bits, rounded with calibration, and its upper 3 bits: to go from one to the other the runtime
+    reads or drops a single plane. Its upper 2 bits lose too much (docs/aggregation.md)."""
+
+    places = len(PLANES[4])
+
+    def add(self, menu: LayerMenu, statistics: LayerStatistics, first: int) -> None:
+        held: dict[int, list[Expert]] = {3: [], 4: []}
+        own: dict[int, list[int]] = {3: [], 4: []}
+        for expert in range(statistics.spec.num_experts):
+            exact = statistics.weights.expert(statistics.layer_idx, expert)
+            coded = rounded_matrices(exact, statistics.second_moments(expert), 4)
+            found = set_of(exact, coded, 4)
+            place(menu, expert, first, found, 4)
+            for bits in held:
+                planes = len(PLANES[bits])
+                held[bits].append(expert_at(exact, coded, bits))
+                own[bits].append(sum(len(p) for p in found.payloads[:planes]))
+        for bits in held:
+            mask = mask_of(first, len(PLANES[bits]))
+            sizes = np.array(own[bits], np.int64)
+            menu.rungs.append(Rung(f"{bits}n", mask, sizes, held[bits].__getitem__))
 
 
 class Mean:

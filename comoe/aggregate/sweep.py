@@ -26,7 +26,7 @@ from comoe_kernels.ladder_codec import LEVEL_BITS
 
 FRACTIONS = (0.5, 0.3, 0.2, 0.14, 0.1)
 PLAIN = ("2", "3", "4", "8", "exact")
-CALIBRATED = ("2c", "3c", "4c", "8", "exact")
+CALIBRATED = ("2c", "3c", "3n", "4c", "4n", "8", "exact")  # those that there are
 BASE_BITS = 4
 Progress = Callable[[int, int], None]
 

@@ -12,6 +12,7 @@ decision is the caller's work: a demotion at once, a promotion as background upg
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -22,12 +23,14 @@ import numpy as np
 from comoe.config import format_bytes
 from comoe.policy.cautious import Cautious
 from comoe.policy.costs import Costs
+from comoe.policy.joint import GoalError
 from comoe.policy.plan import BudgetError, Plan, Planner, Sizes
 from comoe.policy.snapshot import Snapshot
 
 SLACK = 0.05  # share of the pool that a demotion gives back beyond what is needed, and a rise takes
 LOG = 256  # decisions that are kept
 SAME = 0.1  # relative change of speed that no plan is made for
+WORTHWHILE = 0.1  # share of loss or time that another plan for the same memory must save
 NOISE = 3.0  # standard deviations of a speed that are noise
 
 
@@ -59,7 +62,8 @@ class Controller:
     memory: bytes of pool that the user allows.
     costs: what things take now, given a snapshot; None, or a planner without a situation: speeds are not
         looked at.  goal: of the situation, for set_quality and set_latency_target.
-    reserve: bytes of the system's free memory that stay free.  calm: see Cautious.
+    reserve: bytes of the system's free memory that stay free.  grain: pools are whole multiples of it.
+    calm: see Cautious.
     """
 
     def __init__(
@@ -72,13 +76,16 @@ class Controller:
         costs: Callable[[Snapshot], Costs] | None = None,
         goal: Any = None,
         reserve: int = 0,
+        grain: int = 1,
         calm: float = 2.0,
         time: float = 0.0,
     ):
         self.planner, self.sizes, self.exact = planner, sizes, exact
         self.log: deque[Decision] = deque(maxlen=LOG)
         self._memory, self._costs_of, self._goal, self._reserve = memory, costs, goal, reserve
-        self._least = sizes.largest(planner.least(sizes, exact=exact))
+        self._grain = grain
+        least = sizes.largest(planner.least(sizes, exact=exact))
+        self._least = -(-least // grain) * grain
         self._pool = Cautious(0.0, SLACK, overshoot=SLACK, calm=calm)
         self._pool.reset(float(memory))
         self._bandwidth = Cautious(SAME, SAME, calm=calm)
@@ -93,9 +100,10 @@ class Controller:
     # ---- what the user asks -------------------------------------------------------------------
 
     def set_memory(self, pool_bytes: int) -> Decision:
-        """The pool's new limit. Raises BudgetError, and changes nothing, if the model cannot run in it."""
-        reason = f"memory set to {format_bytes(pool_bytes)}"
-        plan = self._make(pool_bytes)
+        """The pool's new limit; with too little for the goal, the plan that comes nearest to it. Raises
+        BudgetError, and changes nothing, if the model cannot run in it."""
+        plan, missed = self._make_nearest(pool_bytes)
+        reason = "; ".join([f"memory set to {format_bytes(pool_bytes)}", *missed])
         self._memory = pool_bytes
         self._pool.reset(float(pool_bytes))
         return self._decide(reason, self.plan, plan)
@@ -141,18 +149,28 @@ class Controller:
         if not reasons:
             return None
         try:
-            plan = self._make(pool)
+            plan, missed = self._make_nearest(pool)
         except BudgetError:
-            plan, reasons = self._make(self._least), [*reasons, "the least pool that computes"]
-        except ValueError as error:
-            # A goal that cannot be met now: the planner says what comes nearest.
-            plan = getattr(error, "nearest", None)
-            if plan is None:
-                raise
-            reasons.append(f"goal missed: {error}")
+            plan, missed = self._make_nearest(self._least)
+            missed = ["the least pool that computes", *missed]
         if _alike(plan, self.plan):
             return None
-        return self._decide("; ".join(reasons), self.plan, plan)
+        return self._decide("; ".join([*reasons, *missed]), self.plan, plan)
+
+    def follow(self, use: np.ndarray) -> Decision | None:
+        """Another plan, if one for the text at hand, which uses experts with probabilities float [X], is
+        better by WORTHWHILE than the present one; the planner must be one with a situation."""
+        self._use = use
+        plan, _ = self._make_nearest(self.plan.pool_bytes)
+        loss, seconds = self.planner.judge(self.sizes, self.plan)
+        better = plan.loss < (1.0 - WORTHWHILE) * loss
+        if plan.seconds is not None and seconds is not None and plan.price < math.inf:
+            goal = self.planner.situation.goal
+            if goal.loss is not None and loss <= goal.loss:
+                better = plan.seconds < (1.0 - WORTHWHILE) * seconds
+        if not better or _alike(plan, self.plan):
+            return None
+        return self._decide("the text uses other experts", self.plan, plan)
 
     def _pool_for(self, snapshot: Snapshot, held: int) -> tuple[int, str]:
         """Bytes of pool to plan with, and why they are others than now ("": they are not)."""
@@ -205,11 +223,21 @@ class Controller:
         """The decisions so far, one line each."""
         return "\n".join(decision.describe() for decision in self.log)
 
+    def _make_nearest(self, pool_bytes: int) -> tuple[Plan, list[str]]:
+        """A plan, and that it misses the goal if it does."""
+        try:
+            return self._make(pool_bytes), []
+        except GoalError as error:
+            if error.nearest is None:
+                raise
+            return error.nearest, [f"goal missed: {error}"]
+
     def _make(self, pool_bytes: int) -> Plan:
         if hasattr(self.planner, "situation"):
             known = {"goal": self._goal, "costs": self._costs, "use": self._use}
             known = {name: value for name, value in known.items() if value is not None}
             self.planner.situation = replace(self.planner.situation, **known)
+        pool_bytes = max(pool_bytes // self._grain * self._grain, 1)
         return self.planner.plan(self.sizes, pool_bytes, exact=self.exact)
 
     def _decide(self, reason: str, before: Plan | None, after: Plan) -> Decision:

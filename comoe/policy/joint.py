@@ -100,6 +100,18 @@ class JointPlanner:
             answer = self._with_waiting(sizes, options, scale, room, pool_bytes)
         return self._plan_of(sizes, options, answer, pool_bytes)
 
+    def judge(self, sizes: Sizes, plan: Plan) -> tuple[float, float | None]:
+        """(loss, seconds) per token of a plan in the present situation; seconds None without costs."""
+        rows = np.arange(len(plan.min_level))
+        loss = self.loss[rows, plan.min_level] @ self._scale(self._options_of(sizes))
+        held = plan.held.astype(np.int64)
+        missing = np.where(
+            held >= 0,
+            sizes.step_bytes[rows, np.maximum(held, 0), plan.min_level],
+            sizes.bytes_at[rows, plan.min_level],
+        )
+        return float(loss), self._seconds(sizes, plan.min_level, missing, self._age)
+
     def least_memory(self, sizes: Sizes) -> int:
         """Bytes of pool with which both the loss and the latency of the goal can be met. Raises GoalError
         if no memory is enough, ValueError unless goal has both and there are costs."""
@@ -247,14 +259,7 @@ class JointPlanner:
         if with_base.any():
             base |= sizes.shared & sizes.chosen(np.where(with_base, used.astype(np.int8), -1))
         loss = options.loss[rows, choice] @ self._scale(options)
-        seconds = None
-        if self.situation.costs is not None:
-            use = self._live_use()
-            age = AGES[answer.age_step] if answer.age_step >= 0 else 0.0
-            missing = np.exp(-use * age) * (options.missing[rows, choice] > 0)
-            seconds = self.situation.costs.token_time(
-                sizes, used, use, options.missing[rows, choice] * missing, misses=missing
-            )
+        seconds = self._seconds(sizes, used, options.missing[rows, choice], answer.age_step)
         return Plan(
             sizes.levels,
             np.maximum(held, -1),
@@ -267,6 +272,17 @@ class JointPlanner:
             loss=float(loss),
             seconds=seconds,
         )
+
+    def _seconds(
+        self, sizes: Sizes, used: np.ndarray, missing: np.ndarray, age_step: int | None
+    ) -> float | None:
+        """Expected per token; missing: [X] bytes that a use needs beside what is held."""
+        if self.situation.costs is None:
+            return None
+        use = self._live_use()
+        age = AGES[FIRST_AGE if age_step is None or age_step < 0 else age_step]
+        misses = np.exp(-use * age) * (missing > 0)
+        return self.situation.costs.token_time(sizes, used, use, missing * misses, misses=misses)
 
     def _finer_than(self, sizes: Sizes, levels: np.ndarray) -> np.ndarray:
         """uint8 [X]: the next finer level of each expert, one that adds to the records of the present

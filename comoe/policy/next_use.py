@@ -73,14 +73,14 @@ class NextUse(Clocked):
         self._values[layer_idx] = self._expected(layer_idx, now + self.num_layers, chance)
 
     def predicted(self, layer_idx: int, experts: np.ndarray, chances: np.ndarray) -> None:
-        """What is not among `experts` shares the uses that their chances leave."""
+        """What is not among `experts` shares the uses that their chances leave, by its own share."""
         base = self._chance[layer_idx]
-        named = np.zeros(base.size, np.float32)
-        named[experts] = chances
+        uses = float(base.sum())
+        named = np.full(base.size, 0.0)
         others = base.copy()
-        others[experts] = 0
-        left = max(float(base.sum()) - float(named.sum()), 0.0)
-        named += others * min(left / max(float(others.sum()), 1e-6), 1.0)
+        named[experts], others[experts] = chances, 0.0
+        left = max(uses - float(named.sum()), 0.0)
+        named += others * (left / max(float(others.sum()), 1e-9))
         np.minimum(named, 1.0, out=named)
         self._values[layer_idx] = self._expected(layer_idx, self._tick(layer_idx), named)
 

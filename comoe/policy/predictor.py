@@ -10,7 +10,7 @@ import numpy as np
 class Predictor(Protocol):
     """Told what happens by begin_token, note and new_sequence, which do nothing where they are not needed.
 
-    Order of the calls: begin_token, predict(-1), then for every layer note, predict.
+    Order of the calls: begin_token, predict(-1), then for every layer note, predict, predict_next.
     """
 
     def new_sequence(self) -> None:
@@ -27,6 +27,11 @@ class Predictor(Protocol):
         from before the first layer (-1): pairs (later layer, int64 array of its likely experts, most likely
         first), nearest layer first; empty if it cannot tell."""
         ...
+
+    def predict_next(self, layer_idx: int) -> np.ndarray | None:
+        """After `layer_idx` ran: int64 array of what it will likely use at the next token, most likely
+        first; None if it cannot tell."""
+        return None
 
 
 class NoPredictor(Predictor):

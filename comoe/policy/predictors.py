@@ -1,11 +1,8 @@
-"""Predictors that need only the routing so far: tables of transitions, tokens and sequences.
-
-All forget nothing that they were told in earlier sequences but what their bound of memory makes them.
-"""
+"""Published predictors that need only the routing so far, a trace's recorded ones, and the best of several."""
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -112,48 +109,6 @@ class SequenceMatrix(Predictor):
         return ahead
 
 
-class TokenTable(Predictor):
-    """What the same token used when it was last seen: routing follows the token's id more than anything
-    else (OpenMoE, arXiv 2402.01739), and a text repeats its words. Known before the first layer runs.
-
-    capacity: tokens remembered, those seen last.
-    """
-
-    def __init__(self, num_experts: Sequence[int], k: int, capacity: int = 8192, fade: float = 0.7):
-        self._num_experts, self._k, self._capacity, self._fade = num_experts, k, capacity, fade
-        self._table: OrderedDict[int, list[dict[int, float]]] = OrderedDict()
-        self._token = -1
-
-    def begin_token(self, token: int) -> None:
-        self._token = token
-        if token in self._table:
-            self._table.move_to_end(token)
-
-    def note(self, layer_idx: int, experts: np.ndarray, weights: np.ndarray) -> None:
-        if self._token < 0:
-            return
-        layers = self._table.get(self._token)
-        if layers is None:
-            layers = self._table[self._token] = [{} for _ in self._num_experts]
-            if len(self._table) > self._capacity:
-                self._table.popitem(last=False)
-        scores = {expert: score * self._fade for expert, score in layers[layer_idx].items()}
-        for expert in experts.tolist():
-            scores[expert] = scores.get(expert, 0.0) + 1.0
-        kept = sorted(scores, key=scores.get, reverse=True)[: 2 * self._k]
-        layers[layer_idx] = {expert: scores[expert] for expert in kept}
-
-    def predict(self, layer_idx: int, hidden: Any) -> Prediction:
-        layers = self._table.get(self._token) if layer_idx < 0 else None
-        if layers is None:
-            return []
-        return [
-            (later, np.fromiter(list(scores)[: self._k], np.int64))
-            for later, scores in enumerate(layers)
-            if scores
-        ]
-
-
 class Recorded(Predictor):
     """What a trace has recorded: the routers of the next `depth` layers on each layer's hidden state.
 
@@ -223,3 +178,7 @@ class BestOf(Predictor):
                 if self._recall.get(key, 0.5) >= best:
                     news[later] = experts
         return sorted(news.items())
+
+    def predict_next(self, layer_idx: int) -> np.ndarray | None:
+        told = (predictor.predict_next(layer_idx) for predictor in self._predictors)
+        return next((experts for experts in told if experts is not None), None)

@@ -182,15 +182,18 @@ class Simulator:
                 f"replay: the pool has {plan.pool_bytes:,} bytes, but one expert needs {need:,}"
             )
         self.plan, self._budget = plan, plan.pool_bytes
-        unwanted = ~self.sizes.chosen(np.maximum(plan.min_level, plan.want_level))
-        self._evict(np.flatnonzero(unwanted & (self._state == RESIDENT)))
+        wanted = plan.base | self.sizes.chosen(plan.min_level)
+        wanted |= self.sizes.chosen(np.maximum(plan.min_level, plan.want_level))
+        self._evict(np.flatnonzero(~wanted & (self._state == RESIDENT)))
+        self._value[plan.base] = np.inf
         self._make_room(0, np.zeros(0, np.int64))
 
     def _fill(self) -> None:
-        """What the plan wants, coarsest records first, until memory is full; it was read before the start."""
-        wanted = self.sizes.chosen(self.plan.min_level)
-        for r in range(self.sizes.records.shape[1]):
-            for record in self.sizes.records[:, r].tolist():
+        """What the plan holds, then what it aims at, coarsest records first, until memory is full: it was
+        read before the start."""
+        aimed = self.sizes.chosen(self.plan.min_level)
+        for wanted in (self.plan.base, aimed & ~self.plan.base):
+            for record in self.sizes.records.T.ravel().tolist():
                 if record < 0 or not wanted[record] or self._state[record] != ABSENT:
                     continue
                 if self._used + self._nbytes[record] > self._budget:
@@ -307,6 +310,7 @@ class Simulator:
                 sequence = trace.sequence[row]
                 self.cache.new_sequence()
                 self.predictor.new_sequence()
+                self._next: dict[int, np.ndarray] = {}
             self._predicted: dict[int, list[tuple[int, np.ndarray]]] = {}
             self.predictor.begin_token(int(trace.token[row]))
             for layer_idx in range(layers):
@@ -345,7 +349,7 @@ class Simulator:
             ids = self._of_layer[layer_idx][:, r]
             has = ids >= 0
             if has.any():
-                self._value[ids[has]] = values[has]
+                self._value[ids[has]] = np.where(self.plan.base[ids[has]], np.inf, values[has])
 
     def _predict(self, layer_idx: int) -> None:
         """Tells the cache policy, and asks for what is likely and missing."""
@@ -407,6 +411,14 @@ class Simulator:
         if self._loss is not None:
             self.result.loss[row] += self._lost(first + chosen, levels)
         self.cache.note(layer_idx, chosen, weights, levels)
+        layers = len(self.sizes.num_experts)
+        if layer_idx in self._next:
+            self._chances.note(layer_idx, layers, self._next.pop(layer_idx), chosen)
+        likely = self.predictor.predict_next(layer_idx)
+        if likely is not None:
+            self._next[layer_idx] = likely
+            chances = self._chances.of(layer_idx, layers, likely.size)
+            self.cache.predicted(layer_idx, likely, chances)
         self._set_values(layer_idx)
 
     def _decide(self, layer_idx: int, chosen: np.ndarray, weights: np.ndarray) -> np.ndarray:

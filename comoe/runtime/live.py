@@ -11,14 +11,12 @@ import numpy as np
 
 from comoe import _C
 from comoe.policy.costs import Costs
-from comoe.policy.goal import Goal
-from comoe.policy.joint import Situation
 from comoe.policy.misses import LeastCost, MissRule
 from comoe.policy.monitor import Monitor
 from comoe.policy.plan import Plan, Sizes
 from comoe.policy.profile import InputProfile
 from comoe.policy.smoothing import Smoothed
-from comoe.policy.snapshot import Estimate, Link
+from comoe.policy.snapshot import Estimate, Link, Snapshot
 from comoe.runtime.spec import ExpertsSpec
 
 TIER = "disk"
@@ -26,6 +24,7 @@ FIRST_LINK = Link(Estimate(5e8), Estimate(2e-4))  # until transfers have told mo
 KERNEL_SHARE = 0.8  # of the memory's read bandwidth, docs/performance.md
 LAYER_SECONDS = 3e-4  # outside the experts, per MoE layer, until steps have told more
 PROBE_BYTES = 64 << 20
+COUNTERS = ("demand_bytes", "waits", "wait_seconds")
 LEAST_USE = 1e-3  # of an expert that the calibration text hardly used
 
 
@@ -57,21 +56,22 @@ class Live:
         )
         self._dense = Smoothed()
         self._step_began: float | None = None
-        self._waited = self._read_bytes = self._read_seconds = 0.0
+        self._engine: dict | None = None  # its figures when the last step began
         self._tokens = 0
 
     def note_step(self, tokens: int, used: Sequence[np.ndarray], engine: dict) -> None:
         """A step begins; the one before computed experts at used[l] - 1, uint8 [E], 0: not used."""
         now = time.perf_counter()
-        waited = engine["wait_seconds"] - self._waited
-        read = engine["bytes_from_disk"] - self._read_bytes
-        reading = engine["busy_seconds"] - self._read_seconds
-        if self._step_began is not None and self._tokens == 1:
-            self._learn(now - self._step_began, waited, used)
-        if read > 0 and reading > 0:
-            self.monitor.note_transfer(TIER, read, reading)
-        self._waited, self._read_bytes = engine["wait_seconds"], engine["bytes_from_disk"]
-        self._read_seconds = engine["busy_seconds"]
+        was, self._engine = self._engine, engine
+        if was is not None:
+            since = {name: engine[name] - was[name] for name in COUNTERS}
+            # What demand costs on top of computing: what was hidden behind it costs nothing.
+            if since["demand_bytes"] > 0 and since["waits"] > 0:
+                self.monitor.note_transfer(
+                    TIER, since["demand_bytes"], since["wait_seconds"], since["waits"]
+                )
+            if self._step_began is not None and self._tokens == 1:
+                self._learn(now - self._step_began, since["wait_seconds"], used)
         self._step_began, self._tokens = now, tokens
 
     def _learn(self, total: float, waited: float, used: Sequence[np.ndarray]) -> None:
@@ -82,16 +82,13 @@ class Live:
         if dense > 0:
             self._dense.add(dense)
 
-    def costs(self) -> Costs:
+    def costs(self, snapshot: Snapshot | None = None) -> Costs:
         """What things take, as far as this run has shown."""
-        link = self.monitor.poll().tiers[TIER]
+        link = (snapshot or self.monitor.poll()).tiers.get(TIER, FIRST_LINK)
         changes: dict = {"bandwidth": link.bandwidth.mean, "latency": link.latency.mean}
         if self._dense.estimate.samples:
             changes["dense"] = self._dense.estimate.mean
         return replace(self._costs, **changes)
-
-    def situation(self, goal: Goal) -> Situation:
-        return Situation(goal, self.costs(), self.profile.use() if self.profile.seen else None)
 
     def rule(self, plan: Plan, loss: np.ndarray, use: np.ndarray) -> MissRule | None:
         """What to do about misses under `plan`; None: wait, which is all there is to decide.

@@ -9,6 +9,7 @@ from comoe.policy.misses import SKIP, Chosen, MissRule
 from comoe.policy.plan import Sizes
 
 RESIDENT = 2  # state of a record in the engine
+_EARLIER = np.tri(256, k=-1, dtype=bool)
 
 
 class MissHandler:
@@ -36,8 +37,7 @@ class MissHandler:
         index, weights: [T, K] of the layer.  low, want: uint8 [E] of the plan.
         """
         num_experts = len(low)
-        inside = (index >= 0) & (index < num_experts)
-        experts, slot = np.unique(index[inside], return_inverse=True)
+        experts, slot, inside = _distinct(index, num_experts)
         if not experts.size:
             return None
         rows = self._first[layer_idx] + experts
@@ -45,7 +45,8 @@ class MissHandler:
         aimed = low[experts].astype(np.int64)
         if (resident >= aimed).all():
             return None
-        squares = np.bincount(slot, weights[inside].astype(np.float64) ** 2, len(experts))
+        gates = weights[inside].astype(np.float64)
+        squares = np.bincount(slot, gates * gates, len(experts))
         chosen = Chosen(
             rows,
             np.sqrt(squares),
@@ -80,12 +81,27 @@ class MissHandler:
         return np.where(complete.any(1), finest, -1)
 
 
+def _distinct(index: np.ndarray, num_experts: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(experts [n], each once; of each choice inside its position in them; bool [T, K], choices inside)."""
+    inside = (index >= 0) & (index < num_experts)
+    if len(index) == 1:  # a router chooses an expert once per token
+        experts = index[inside]
+        return experts, np.arange(len(experts)), inside
+    experts, slot = np.unique(index[inside], return_inverse=True)
+    return experts, slot.ravel(), inside
+
+
 def _mass_before(
     weights: np.ndarray, inside: np.ndarray, slot: np.ndarray, count: int
 ) -> np.ndarray:
     """float64 [count]: share of a token's gate mass that experts with larger weights have; of an expert
     that several tokens chose, the least."""
     mass = np.where(inside, weights, 0.0).astype(np.float64)
+    if len(mass) == 1 and count <= len(_EARLIER) and inside.all():
+        # mass of the larger ones, and of equal ones before it
+        gates = mass[0]
+        larger = (gates > gates[:, None]) | ((gates == gates[:, None]) & _EARLIER[:count, :count])
+        return larger @ gates / max(gates.sum(), 1e-12)
     order = np.argsort(-mass, axis=1, kind="stable")
     sorted_mass = np.take_along_axis(mass, order, 1)
     before = np.cumsum(sorted_mass, 1) - sorted_mass

@@ -11,12 +11,14 @@ import torch
 from comoe import _C, memory
 from comoe.config import CoMoEConfig, format_bytes, parse_bytes
 from comoe.policy.assumed import assumed_losses
+from comoe.policy.controller import Controller
 from comoe.policy.curve import Curve, CurvePlanner
-from comoe.policy.goal import Goal
-from comoe.policy.joint import GoalError, JointPlanner
+from comoe.policy.goal import parse_quality
+from comoe.policy.joint import GoalError, JointPlanner, Situation
 from comoe.policy.misses import MissRule
 from comoe.policy.plan import EvenPlanner, Plan, Planner, Sizes
 from comoe.policy.predictor import NoPredictor, Predictor, PrefetchGauge
+from comoe.policy.snapshot import Snapshot
 from comoe.policy.upgrades import RecentUse, UpgradePolicy
 from comoe.runtime.budget import EXPERT_ROWS, LONG_STEP, Budget, ModelSizes, Step
 from comoe.runtime.engine import (
@@ -32,6 +34,7 @@ from comoe.runtime.engine import (
 from comoe.runtime.live import Live
 from comoe.runtime.missing import MissHandler
 from comoe.runtime.prefill import forward_unpacked
+from comoe.runtime.reader_core import ReaderCore
 from comoe.runtime.spec import ExpertsSpec
 from comoe.store import Store
 from comoe_kernels.expert_ffn import prefill_rows
@@ -43,16 +46,24 @@ ABSENT, RESIDENT = 0, 2  # states of a record
 SCRATCH_BYTES = 1_000_000  # of the kernels; disk reads go straight into the pool's pages
 RECORD_BYTES = 400  # the engine's tables, per record
 UPGRADE_EVERY = 8  # steps between choices of experts that climb
+FOLLOW_EVERY = 64  # steps between plans for what the text uses
+KEPT_FREE = 0.01  # share of the machine's memory that is left to others
 CALM_STEPS = 8  # steps without pressure before the pool takes back what it lent
+
+
+def joint_planner(store: Store, sizes: Sizes, experts_per_token: int) -> JointPlanner:
+    """With measured losses if the store was aggregated, else with what its rungs usually cost."""
+    losses = store.losses()
+    if losses is None:
+        return JointPlanner(*assumed_losses(sizes, experts_per_token))
+    return JointPlanner(losses["loss"], losses["use"], losses["floor"])
 
 
 def planner_of(store: Store, sizes: Sizes, config: CoMoEConfig, experts_per_token: int) -> Planner:
     """For a goal the joint planner; else by the measured curve of an aggregated store, or all alike."""
-    losses = store.losses()
     if config.quality is not None or config.latency is not None:
-        if losses is None:
-            return JointPlanner(*assumed_losses(sizes, experts_per_token))
-        return JointPlanner(losses["loss"], losses["use"], losses["floor"])
+        return joint_planner(store, sizes, experts_per_token)
+    losses = store.losses()
     if losses is None:
         return EvenPlanner()
     return CurvePlanner(Curve(losses["curve_level"], losses["curve_loss"]))
@@ -83,6 +94,12 @@ class Runtime:
         self.upgrades = upgrades or RecentUse([spec.num_experts for spec in specs])
         self.gauge = PrefetchGauge()
         self._rule: MissRule | None = None
+        self._experts_per_token = experts_per_token
+        self._rising: np.ndarray | None = (
+            None  # levels in force while a better plan is being loaded
+        )
+        self._snapshot: Snapshot | None = None
+        self._reader_core = ReaderCore()
         self._on_close = on_close
         self._lock = threading.RLock()  # one step, or one change of budget, at a time
         self._closed = False
@@ -101,8 +118,6 @@ class Runtime:
         self.store_sizes = store_sizes(store, table)
         self.planner = planner or planner_of(store, self.store_sizes, config, experts_per_token)
         self.live = Live(self.store_sizes, specs, sizes.dense)
-        if isinstance(self.planner, JointPlanner):
-            self.planner.situation = self.live.situation(config.goal())
         least = self.planner.least(self.store_sizes, exact=config.exact)
         largest = self.store_sizes.largest(least)
         in_full = self.store_sizes.total(store.levels.exact)
@@ -114,7 +129,8 @@ class Runtime:
         self._slab_bytes = slab_bytes(
             min(planned, in_full + floor), largest, floor, store.page_bytes
         )
-        self.plan = self._make_plan()
+        self.controller = self._controller()
+        self.plan = self.controller.plan
         self.engine, first = open_engine(
             store,
             table,
@@ -208,11 +224,13 @@ class Runtime:
         self, layer_idx: int, index: torch.Tensor, weights: torch.Tensor
     ) -> torch.Tensor:
         """The indices to compute, once the rule has decided what not to wait for."""
+        if not self._follows:
+            return index
+        gates = weights.detach().to(torch.float32).numpy()
+        self.live.profile.note(layer_idx, index.numpy(), gates)
         if self._rule is None:
             return index
         low, want = self._min_level[layer_idx], self._want_level[layer_idx]
-        gates = weights.detach().to(torch.float32).numpy()
-        self.live.profile.note(layer_idx, index.numpy(), gates)
         decided = self.missing.decide(self._rule, layer_idx, index.numpy(), gates, low, want)
         if decided is not None:
             index, low = torch.from_numpy(decided[0]), decided[1]
@@ -238,6 +256,11 @@ class Runtime:
         if predicted is not None:
             self.gauge.note(predicted, experts)
 
+    @property
+    def _follows(self) -> bool:
+        """Whether plans are made for the text at hand."""
+        return isinstance(self.planner, JointPlanner)
+
     # ---- budget ---------------------------------------------------------------------------------
 
     def begin_step(self, step: Step, kv_held: Callable[[], int] = int) -> None:
@@ -256,6 +279,7 @@ class Runtime:
             self._per_layer = workspace - self.budget.sizes.new_kv(step) if long else 0
             engine = self.engine.stats()
             self.live.note_step(step.tokens, self._used, engine)
+            self._observe()
             self._govern(workspace, engine)
             self._keep_freed(not (long and self._lent()))
             self.gauge.note_step(
@@ -268,6 +292,15 @@ class Runtime:
                 self._upgrade()
             for used in self._used:
                 used[:] = 0
+            if self._rising is not None and self._has(self._base):
+                self._rising = None
+                self._set_levels()
+            if not self.plan.resident:
+                self._reader_core.begin(step.batch * step.tokens, engine["wait_seconds"])
+
+    def end_step(self) -> None:
+        """Called after every forward pass, also one that failed."""
+        self._reader_core.end()
 
     def set_memory(self, size: str | int) -> str:
         """Changes the budget of a running model; returns the new plan in one line.
@@ -279,18 +312,55 @@ class Runtime:
             self.budget.memory = parse_bytes(size)
             try:
                 self.budget.require(self.config.max_context, self._kv_held())
-                plan = self._make_plan()
+                self.controller.set_memory(self._budget_pool())
             except ValueError:
                 self.budget.memory = before
                 raise
-            self._install(plan)
+            self._install(self.controller.plan)
             self._govern(0, self.engine.stats(), within=True)
             return self.describe()
 
-    def _planned_pool(self, pool_bytes: int | None = None) -> int:
-        """Bytes of the pool, in whole slabs; `pool_bytes`: less than planned, because others need memory."""
-        if pool_bytes is None:
-            pool_bytes = self.budget.planned_pool(self.config.max_context)
+    def set_quality(self, quality: str | float | None) -> str:
+        """Changes what may be lost: "high", "balanced", "fast", nats per token, or None: nothing is waited
+        for. Returns the new plan in one line; raises GoalError, and changes nothing, if it cannot be met."""
+        return self._set_goal(lambda: self.controller.set_quality(parse_quality(quality)))
+
+    def set_latency_target(self, seconds: float | None) -> str:
+        """Changes how long a token should take at most; None: no target. As set_quality."""
+        return self._set_goal(lambda: self.controller.set_latency_target(seconds))
+
+    def _set_goal(self, change: Callable[[], object]) -> str:
+        if self.config.exact:
+            raise ValueError(
+                "exact weights are always waited for, so quality and latency cannot be chosen; load the "
+                "model without exact"
+            )
+        with self._lock:
+            if not isinstance(self.planner, JointPlanner):
+                self.planner = joint_planner(self.store, self.store_sizes, self._experts_per_token)
+                self.controller = self._controller()
+            change()
+            self._install(self.controller.plan)
+            return self.describe()
+
+    def _controller(self) -> Controller:
+        joint = isinstance(self.planner, JointPlanner)
+        if joint:
+            self.planner.situation = Situation(self.config.goal(), self.live.costs())
+        return Controller(
+            self.planner,
+            self.store_sizes,
+            self._budget_pool(),
+            exact=self.config.exact,
+            costs=self.live.costs if joint else None,
+            goal=self.config.goal() if joint else None,
+            reserve=int(KEPT_FREE * memory.total()),
+            grain=self._slab_bytes,
+        )
+
+    def _budget_pool(self) -> int:
+        """Bytes of pool that the budget allows, in whole slabs."""
+        pool_bytes = self.budget.planned_pool(self.config.max_context)
         # More than all experts in full, and room to move, is never of use.
         most = (
             self.store_sizes.total(self.store.levels.exact)
@@ -299,24 +369,34 @@ class Runtime:
         )
         return min(pool_bytes, most) // self._slab_bytes * self._slab_bytes
 
-    def _make_plan(self) -> Plan:
-        """What is best with the budget. Raises GoalError where it cannot meet the goal."""
-        return self._plan_for(self._planned_pool())
-
     def _plan_for(self, pool_bytes: int) -> Plan:
-        return self.planner.plan(self.store_sizes, pool_bytes, exact=self.config.exact)
-
-    def _nearest_plan(self, pool_bytes: int) -> Plan:
-        """What comes nearest to the goal with less memory than the budget, for a while."""
+        """The controller's plan, or with less memory for a while what comes nearest to its goal."""
+        pool_bytes = pool_bytes // self._slab_bytes * self._slab_bytes
+        if pool_bytes >= self.controller.plan.pool_bytes:
+            return self.controller.plan
         try:
-            return self._plan_for(self._planned_pool(pool_bytes))
+            return self.planner.plan(self.store_sizes, pool_bytes, exact=self.config.exact)
         except GoalError as error:
             return error.nearest
+
+    def _observe(self) -> None:
+        """Follows what the monitor sees, and the text."""
+        snapshot = self.live.monitor.poll()
+        decision = None
+        if snapshot is not self._snapshot:
+            self._snapshot = snapshot
+            decision = self.controller.observe(snapshot, self.engine.stats()["mapped_bytes"])
+        if self._follows and self._step % FOLLOW_EVERY == 0 and self.live.profile.seen:
+            decision = self.controller.follow(self.live.profile.use()) or decision
+        if decision is not None:
+            lent = decision.before is not None and self.plan.pool_bytes < decision.before.pool_bytes
+            most = self.plan.pool_bytes if lent else decision.after.pool_bytes
+            self._install(self._plan_for(min(most, decision.after.pool_bytes)))
 
     def _govern(self, coming: int, stats: dict, *, within: bool = False) -> None:
         """Lends pool memory to the rest of the process, of which `coming` bytes are about to be taken,
         and takes it back once some passes were calm (not `within` one)."""
-        planned = self._planned_pool()
+        planned = self.controller.plan.pool_bytes
         allowed = self._allowed_pool(coming, stats)
         if allowed < self.plan.pool_bytes or (self._lent() and self._step % CALM_STEPS == 0):
             memory.give_back_free()
@@ -327,12 +407,12 @@ class Runtime:
             self._calm = 0
             # Room for the next steps as well, since each change stops what is read ahead.
             target = max(target - LONG_STEP, least)
-            self._install(self._nearest_plan(target))
+            self._install(self._plan_for(target))
         elif target > self.plan.pool_bytes and not within:
             self._calm += 1
             if self._calm >= CALM_STEPS:
                 self._calm = 0
-                self._install(self._nearest_plan(target))
+                self._install(self._plan_for(target))
 
     def _least_pool(self) -> int:
         """Bytes of pool, in whole slabs, that the present plan can work with."""
@@ -340,7 +420,7 @@ class Runtime:
         return max(slabs * self._slab_bytes, self.engine.minimum_budget())
 
     def _lent(self) -> bool:
-        return self.plan.pool_bytes < self._planned_pool()
+        return self.plan.pool_bytes < self.controller.plan.pool_bytes
 
     def _keep_freed(self, keep: bool) -> None:
         if keep != self._keeps_freed:
@@ -352,19 +432,18 @@ class Runtime:
 
     def _install(self, plan: Plan) -> None:
         """Makes `plan` true: levels at once, then memory given back or taken, then what to load."""
-        self.plan = plan
+        before, self.plan = self.plan, plan
         self._min_level = self.store_sizes.of_layer(plan.min_level)
         self._want_level = self.store_sizes.of_layer(plan.want_level)
-        self._prefill_rows = []
-        for layer_idx, low in enumerate(self._min_level):
-            self._op.set_levels(layer_idx, low, self._want_level[layer_idx])
-            most = int(np.bincount(self._kernel_levels[low]).argmax())
-            self._prefill_rows.append(prefill_rows(most))
+        # Experts that rise are computed as before until all has come: nothing waits for an upgrade.
+        rises = plan.resident and before is not plan and before.resident
+        self._rising = np.minimum(before.min_level, plan.min_level) if rises else None
+        self._set_levels()
         base = plan.base
         aimed = kept = base | self.store_sizes.chosen(plan.min_level)
         # What is above the plan stays only while nothing of the plan is missing: it could stand in the
         # way, since speculation spares what has just come.
-        if plan.resident and (self.engine.resident()[base] == RESIDENT).all():
+        if plan.resident and self._has(base):
             kept = aimed | self.store_sizes.chosen(plan.want_level)
         for kind in (PREFETCH, UPGRADE):
             self.engine.cancel(kind)
@@ -380,6 +459,19 @@ class Runtime:
         self._rule = None
         if isinstance(self.planner, JointPlanner):
             self._rule = self.live.rule(plan, self.planner.loss, self.planner.use)
+
+    def _set_levels(self) -> None:
+        rising = None if self._rising is None else self.store_sizes.of_layer(self._rising)
+        self._prefill_rows = []
+        for layer_idx, low in enumerate(self._min_level):
+            least = low if rising is None else rising[layer_idx]
+            self._op.set_levels(layer_idx, least, self._want_level[layer_idx])
+            most = int(np.bincount(self._kernel_levels[low]).argmax())
+            self._prefill_rows.append(prefill_rows(most))
+
+    def _has(self, records: np.ndarray) -> bool:
+        """Whether all records where bool [ids] is true are resident."""
+        return bool((self.engine.resident()[records] == RESIDENT).all())
 
     def _upgrade(self) -> None:
         """Values the records above the plan's levels by use, and asks for those of the best experts:

@@ -139,6 +139,13 @@ bool Reader::next_chunk(Chunk& chunk) {
   return true;
 }
 
+size_t Reader::most_urgent(const std::vector<Chunk>& ended) const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  const auto demanded = [](const Chunk& chunk) { return chunk.task->job.demand; };
+  const auto found = std::find_if(ended.begin(), ended.end(), demanded);
+  return found == ended.end() ? 0 : static_cast<size_t>(found - ended.begin());
+}
+
 void Reader::fill_iovecs(const Chunk& chunk, std::vector<iovec>& iovecs) const {
   iovecs.clear();
   const int64_t page_bytes = config_.page_bytes;
@@ -174,6 +181,7 @@ bool Reader::handle_result(Chunk& chunk, int64_t result) {
     stats_.bytes_from_disk += result;
     if (chunk.done >= chunk.bytes) {
       stats_.buffered_reads += buffered;
+      note_ended(chunk);
       return true;
     }
     const bool aligned = chunk.done % kAlign == 0;
@@ -202,10 +210,16 @@ bool Reader::handle_result(Chunk& chunk, int64_t result) {
     std::this_thread::sleep_for(std::chrono::milliseconds(1 << chunk.attempts));
     return false;
   }
+  note_ended(chunk);
   if (task.error.empty())
     task.error = describe(task, chunk.begin + chunk.done,
                           reason + " (tried " + std::to_string(chunk.attempts) + " times)");
   return true;
+}
+
+void Reader::note_ended(const Chunk& chunk) {
+  others_running_ -= !chunk.demand;
+  if (--running_ == 0) stats_.busy_seconds += seconds_since(busy_since_);
 }
 
 bool Reader::checksum_is_right(const ReadTask& task) const {
@@ -221,8 +235,6 @@ void Reader::finish_chunk(const Chunk& chunk) {
   {
     std::lock_guard<std::mutex> lock(mutex_);
     --task->chunks_running;
-    others_running_ -= !chunk.demand;
-    if (--running_ == 0) stats_.busy_seconds += seconds_since(busy_since_);
     if (!task->error.empty() && task->next < task->extent_bytes) {  // no use in reading the rest
       std::deque<ReadTask*>& queue = task->job.demand ? demand_ : others_;
       queue.erase(std::find(queue.begin(), queue.end(), task));
