@@ -15,16 +15,19 @@ from comoe.aggregate import based, decompose
 from comoe.aggregate.based import Based, usual_rank
 from comoe.aggregate.build import Workshop, aggregate
 from comoe.aggregate.calibrate import calibrate
+from comoe.aggregate.calibration import CHOSEN, FITTED, MEASURED, Calibration
 from comoe.aggregate.candidates import Mean, Packed, Rounded, layer_menu
 from comoe.aggregate.coded_layer import run_experts
+from comoe.aggregate.distil import distil_logits
 from comoe.aggregate.errors import AggregateError
+from comoe.aggregate.judge import Judge
 from comoe.aggregate.spill import Spill
 from comoe.aggregate.stored import StoredRungs
 from comoe.aggregate.tuning import CHECKPOINTS, windows
 from comoe.cli import app
 from comoe.hf.attach import replaced
 from comoe.policy.curve import CurvePlanner
-from comoe.policy.plan import Plan
+from comoe.policy.plan import all_cached
 from comoe.store import AddedRecord, Store
 from comoe.store import format as fmt
 
@@ -117,8 +120,8 @@ def test_a_chosen_level_runs_as_reconstructed(packed, tmp_path, name, monkeypatc
     monkeypatch.setattr(
         CurvePlanner,
         "plan",
-        lambda self, sizes, pool_bytes, *, exact: Plan(
-            sizes.levels, self._curve.levels[0], self._curve.levels[0], True, 0, pool_bytes, 0.0
+        lambda self, sizes, pool_bytes, *, exact: all_cached(
+            sizes, self._curve.levels[0], pool_bytes
         ),
     )
     model = comoe.load(folder)
@@ -183,6 +186,13 @@ def test_narrow_matrices_have_no_low_rank_rung(packed, monkeypatch):
     assert all(own[place] is None for own in menu.records)
 
 
+def test_a_rank_beyond_the_matrices_is_refused(packed, tmp_path):
+    folder = copied(packed, tmp_path / "ranks")
+    with pytest.raises(AggregateError, match=r"rank.*multiple of 16 up to 32.*got 48"):
+        aggregate(folder, sources=(Packed(), Based(rank=48)), validate=False)
+    assert not (folder / "experts.partial").exists()
+
+
 def test_spilled_records_come_back(tmp_path):
     one, two = (np.arange(n, dtype=np.uint8) for n in (7, 64))
     records = [[AddedRecord(fmt.MEAN, payload=one), None], [AddedRecord(fmt.MEAN, payload=two)] * 2]
@@ -236,16 +246,55 @@ def test_interrupted_distillation_goes_on(packed, tmp_path):
     assert not (folder / CHECKPOINTS).exists()
 
 
-def test_windows_cover_both_parts(packed):
-    from comoe.aggregate.calibration import Calibration
-
+def test_windows_cover_the_parts(packed):
     calibration = Calibration.open(packed)
-    fitted, held_out = (windows(calibration, held_out=h) for h in (False, True))
-    assert fitted.shape[1] == held_out.shape[1] == 64
-    assert fitted.numel() + held_out.numel() == calibration.num_tokens
-    calibration.held_out = np.zeros_like(calibration.held_out)
-    with pytest.raises(AggregateError, match="no held-out text; calibrate again"):
-        windows(calibration, held_out=True)
+    parts = [windows(calibration, part) for part in (FITTED, MEASURED, CHOSEN)]
+    assert {part.shape[1] for part in parts} == {64}
+    assert [len(part) for part in parts] == [24, 4, 4]
+    calibration.part = np.zeros_like(calibration.part)
+    with pytest.raises(AggregateError, match="no held-out text to choose a state on; calibrate"):
+        windows(calibration, CHOSEN)
+
+
+def test_no_loss_is_measured_on_what_chose_the_state(packed, tmp_path, monkeypatch):
+    """Windows of the judge and rows of every layer's held-out part, while distillation is on."""
+    seen = {}
+
+    def noted(model, layers, fitted, chosen_on, **options):
+        seen["fitted"], seen["chosen"] = fitted, chosen_on
+        return distil_logits(model, layers, fitted, chosen_on, **options)
+
+    def judged(self, model, weights, ids, windows):
+        seen["judged"] = torch.tensor(ids).reshape(-1, 64)
+        seen["rows"] = [s.record.held_out.sum() for s in seen["shop"].statistics]
+        init(self, model, weights, ids, windows)
+
+    def opened(self, *arguments, **options):
+        seen["shop"] = self
+        workshop(self, *arguments, **options)
+
+    init, workshop = Judge.__init__, Workshop.__init__
+    monkeypatch.setattr("comoe.aggregate.tuning.distil_logits", noted)
+    monkeypatch.setattr(Judge, "__init__", judged)
+    monkeypatch.setattr(Workshop, "__init__", opened)
+    aggregate(copied(packed, tmp_path / "tuned"), sources=CODED, validate=False, distil=1)
+    texts = [{tuple(w) for w in seen[name].tolist()} for name in ("fitted", "chosen", "judged")]
+    assert [len(t) for t in texts] == [24, 4, 4]
+    assert len(set.union(*texts)) == 32
+    assert seen["rows"] == [4 * 64] * 2
+    # What chose is fitted to from then on.
+    statistics = seen["shop"].statistics[0]
+    assert statistics.tokens_fitted == 28 * 64 and statistics.tokens_held_out == 4 * 64
+    # Without distillation all held-out text measures.
+    aggregate(copied(packed, tmp_path / "plain"), sources=CODED, validate=False)
+    assert len(seen["judged"]) == 8
+
+
+def test_a_text_too_short_to_choose_and_measure(packed):
+    calibration = Calibration.open(packed)
+    calibration.part[calibration.part == MEASURED] = FITTED
+    with pytest.raises(AggregateError, match="no text to measure on is left"):
+        calibration.after_choice()
 
 
 def test_distillation_that_cannot_be(packed, monkeypatch):

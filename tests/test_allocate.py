@@ -1,8 +1,10 @@
 """From rungs to a choice, and to a store that holds them: on a tiny model, end to end."""
 
 import dataclasses
+import gc
 import shutil
 import types
+import weakref
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from comoe.aggregate.candidates import Mean, Merged, Packed, Rounded, layer_menu
 from comoe.aggregate.experts import Expert
 from comoe.aggregate.stored import StoredRungs, level_sizes
 from comoe.aggregate.sweep import Sweep, plot_rows, price_of_change, run_sweep
+from comoe.aggregate.trial import Trial
 from comoe.policy.solver import InfeasibleError
 from comoe.store import Store
 
@@ -162,6 +165,71 @@ def test_a_failure_leaves_the_folder_as_it_was(packed, tmp_path, monkeypatch):
         aggregate(folder, sources=(Packed(),), validate=False)
     assert (folder / "experts" / "manifest.json").read_bytes() == manifest
     assert sorted(p.name for p in folder.iterdir()) == sorted(p.name for p in packed.iterdir())
+
+
+def test_a_trial_measures_the_engine_at_any_choice(aggregated):
+    """Against torch on the rungs of the store; the exact level is the exact model."""
+    folder, report = aggregated
+    rng = np.random.default_rng(0)
+    has = np.concatenate(
+        [la.has_levels(Store.open(folder).levels) for la in Store.open(folder).layers]
+    )
+    with Workshop(folder) as shop, shop.judge() as judge:
+        rungs = StoredRungs(shop.weights)
+        choices = [
+            np.full(len(has), column)
+            for column in range(len(report.levels))
+            if has[:, column].all()
+        ]
+        choices.append(np.array([rng.choice(np.flatnonzero(row)) for row in has]))
+        wanted = []
+        for choice in choices:
+            layers = {
+                layer: lambda e, la=layer, c=choice: rungs.expert(la, e, int(c[4 * la + e]))
+                for layer in range(2)
+            }
+            wanted.append(judge.measure(layers).kl)
+        judge.let_go()
+        shop.close()
+        with Trial(folder, judge) as trial:
+            found = [trial.measure(choice).kl for choice in choices]
+            again = trial.measure(choices[0]).kl
+    assert found[-2] == 0  # every expert exact
+    assert again == found[0]
+    # The engine rounds activations to 8 bits.
+    for kl, want in zip(found, wanted, strict=True):
+        assert abs(kl - want) < 0.1 * want + 2e-3
+    assert max(found) > 0.05
+
+
+def test_aggregation_keeps_no_rungs_of_layers_it_is_done_with(packed, tmp_path, monkeypatch):
+    """Memory: one layer's rungs at a time, also where the choice is validated."""
+    folder = tmp_path / "packed"
+    shutil.copytree(packed, folder)
+    alive = []
+
+    def noted(statistics, sources):
+        gc.collect()
+        alive.append(sum(ref() is not None for ref in made))
+        menu = layer_menu(statistics, sources)
+        for rung in menu.rungs[:-1]:
+            stand_in = rung.stand_in(0)
+            made.append(weakref.ref(stand_in))
+        return menu
+
+    made: list = []
+    monkeypatch.setattr("comoe.aggregate.build.layer_menu", noted)
+    report = aggregate(folder, sources=SOURCES)
+    assert len(report.predicted) == 3
+    gc.collect()
+    assert alive == [0, 0] and not any(ref() is not None for ref in made)
+
+
+def test_budgets_below_the_coarsest_mix_are_left_out(packed, tmp_path, monkeypatch):
+    folder = tmp_path / "packed"
+    shutil.copytree(packed, folder)
+    monkeypatch.setattr("comoe.aggregate.build.VALIDATED", (0.9, 0.001))
+    assert len(aggregate(folder, sources=(Packed(), Rounded(2))).predicted) == 1
 
 
 def make_losses() -> Losses:

@@ -11,11 +11,11 @@ import torch
 
 import comoe
 from comoe.aggregate.calibrate import Batch, calibrate, plan_windows, record
-from comoe.aggregate.calibration import Calibration
-from comoe.aggregate.errors import CalibrationError
+from comoe.aggregate.calibration import FITTED, MEASURED, Calibration
+from comoe.aggregate.errors import AggregateError, CalibrationError
 from comoe.aggregate.experts import Expert, ExpertWeights, expert_forward, intermediate
 from comoe.aggregate.published import published
-from comoe.aggregate.statistics import LayerStatistics, data_free_error, super_experts
+from comoe.aggregate.statistics import LayerStatistics, super_experts
 
 TEXT = "def f(x):\n    return x + 1  # \u00e9t\u00e9\n" * 40
 OTHER = "The ladder has rungs, and every rung has a price. " * 25
@@ -89,7 +89,7 @@ def test_experts_and_records_give_the_layers_own_output(family, tmp_path):
 
     model.comoe.experts_forward = noted
     ids = torch.randint(3, 130, (2, 12), generator=torch.Generator().manual_seed(0)).int().numpy()
-    batches = [Batch(ids[:1], 0, False), Batch(ids[1:], 0, True)]
+    batches = [Batch(ids[:1], 0, FITTED), Batch(ids[1:], 0, MEASURED)]
     found = record(model, batches, tmp_path / "calibration", ["text"], "")
     weights = ExpertWeights.open(tmp_path / "store", model.comoe.specs)
     for layer, outs in outputs.items():
@@ -212,7 +212,6 @@ def test_an_expert_that_no_token_chose(tmp_path):
     half = Expert(tuple(m / 2 for m in exact.matrices))
     assert statistics.gated_error(unseen, exact) == 0
     assert np.isfinite(statistics.gated_error(unseen, half))
-    assert data_free_error(exact, half) == pytest.approx(0.75)
     assert torch.isfinite(statistics.mean_output(unseen)).all()
     for moment in statistics.second_moments(unseen):
         torch.linalg.cholesky(moment)
@@ -233,6 +232,12 @@ def test_bad_texts(packed, tmp_path):
         calibrate(packed, {})
     with pytest.raises(CalibrationError, match="'a' cannot be read"):
         calibrate(packed, {"a": tmp_path / "none.txt"})
+    (tmp_path / "latin.txt").write_bytes("naïve".encode("latin-1"))
+    (tmp_path / "zeros.txt").write_bytes(b"a text\0\0\0")
+    with pytest.raises(CalibrationError, match=r"latin.txt is not UTF-8 text \(byte 2\)"):
+        calibrate(packed, {"a": tmp_path / "latin.txt"})
+    with pytest.raises(CalibrationError, match="zeros.txt has NUL bytes .*character 6"):
+        calibrate(packed, {"a": tmp_path / "zeros.txt"})
     with pytest.raises(CalibrationError, match="expected tokens >= 2"):
         calibrate(packed, {"a": TEXT}, tokens=1)
     assert Calibration.open(packed).num_tokens == 1024, "the old one is still there"
@@ -269,6 +274,12 @@ def test_activations_that_are_not_finite(tmp_path):
     with pytest.raises(CalibrationError, match=r"layers\.0.*NaN or infinite activations"):
         calibrate(packed, {"a": np.arange(3, 250)}, tokens=64, memory="200MB")
     assert not [p for p in packed.iterdir() if "calibration" in p.name], "nothing is left behind"
+
+
+def test_an_approximation_that_overflows(packed, statistics):
+    exact = statistics.weights.expert(0, 1)
+    with pytest.raises(AggregateError, match="approximation of expert 1 is not finite"):
+        statistics.gated_error(1, Expert(tuple(m * 1e38 for m in exact.matrices)))
 
 
 def test_a_disk_error_leaves_the_old_folder(tmp_path):

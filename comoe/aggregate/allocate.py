@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from comoe.aggregate.candidates import LayerMenu
-from comoe.aggregate.judge import Judge, Verdict
+from comoe.aggregate.judge import Judge
 from comoe.aggregate.statistics import LayerStatistics
 from comoe.policy.solver import InfeasibleError, Problem, Solution, solve
 
@@ -220,17 +220,3 @@ def losses_of(
 def _mean_bytes(rung) -> float:
     shared = 0 if rung.shared_bytes is None else int(rung.shared_bytes.sum())
     return (float(np.maximum(rung.own, 0).sum()) + shared) / len(rung.own)
-
-
-def judge_choice(
-    judge: Judge, menus: Sequence[LayerMenu], losses: Losses, choice: np.ndarray
-) -> Verdict:
-    """Measures a choice of levels for all experts in the whole model."""
-    layers = {}
-    for menu in menus:
-        mine = choice[losses.layer == menu.layer]
-        experts = [
-            menu.rung(losses.levels[level]).stand_in(e) for e, level in enumerate(mine.tolist())
-        ]
-        layers[menu.layer] = experts.__getitem__
-    return judge.measure(layers)

@@ -1,11 +1,12 @@
 """Aggregates a packed folder: calibration, candidates, measured losses, and a store that has them all.
 
     calibrate [-> distil] -> for each layer: rungs, their gated errors -> losses, curve
-              -> layer files with the records of the levels that the curve uses -> swap
+              -> layer files with the records of the levels that the curve uses
+              -> the choice measured in the engine -> swap
 
 The packed folder stays as it was until everything is written beside it; then its experts folder is
 replaced by a rename. Memory: the model under its budget, and the rungs of one layer in float32 (of all
-layers where the result is to be validated, or distilled); records wait on disk until the curve is known.
+layers where they are distilled); records wait on disk until the curve is known.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ import numpy as np
 
 from comoe.aggregate.allocate import (
     Losses,
-    judge_choice,
     losses_of,
     measure_errors,
     measure_sensitivity,
@@ -45,10 +45,11 @@ from comoe.aggregate.experts import ExpertWeights
 from comoe.aggregate.judge import Judge
 from comoe.aggregate.spill import Spill
 from comoe.aggregate.statistics import LayerStatistics, super_experts
+from comoe.aggregate.trial import Trial, link_model
 from comoe.aggregate.tuning import CHECKPOINTS, tuned
 from comoe.evaluate import Window
 from comoe.policy.plan import Levels
-from comoe.policy.solver import Solution
+from comoe.policy.solver import InfeasibleError, Solution
 from comoe.store import Store, StoreWriter, copied_experts, write_losses
 from comoe.store import format as fmt
 
@@ -73,9 +74,10 @@ Progress = Callable[[str, int, int], None]  # stage, steps done, steps in all
 class Report:
     """What aggregation found; seconds per stage.
 
-    predicted: rows of fraction, predicted and measured KL (nats per token) on held-out calibration text.
-    distilled: level, kept, before and after (KL of all experts at that level on held-out calibration text),
-    steps and seconds; empty without distillation.  unused: levels that no point of the curve uses, which are
+    predicted: rows of fraction, predicted KL and KL as measured in the engine (nats per token) on held-out
+    calibration text, perplexity and that of the exact model.
+    distilled: level, kept, before and after (KL of all experts at that level on the held-out text that chose,
+    which measures nothing afterwards), steps and seconds; empty without distillation.  unused: levels that no point of the curve uses, which are
     not in the store.
     """
 
@@ -92,13 +94,18 @@ class Report:
 class Workshop:
     """A packed folder opened for aggregation: its model under the budget, its weights and calibration."""
 
-    def __init__(self, dst: Path, *, memory: str | int | None = None) -> None:
+    def __init__(
+        self, dst: Path, *, memory: str | int | None = None, after_choice: bool = False
+    ) -> None:
+        """after_choice: distillation has chosen on its part of the text, which then measures nothing."""
         import comoe
 
         self.folder = dst
         self.model = comoe.load(dst, memory=memory, exact=True)
         self.weights = ExpertWeights.open(dst, self.model.comoe.specs)
         self.calibration = Calibration.open(dst, fingerprint=self.weights.fingerprint)
+        if after_choice:
+            self.calibration = self.calibration.after_choice()
         self.statistics = [
             LayerStatistics(self.weights, self.calibration, layer)
             for layer in range(self.weights.num_layers)
@@ -112,7 +119,13 @@ class Workshop:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.model.comoe.close()
+        self.close()
+
+    def close(self) -> None:
+        """Gives the model's memory back; files and statistics stay usable."""
+        if self.model is not None:
+            self.model.comoe.close()
+        self.model = None
 
     def judge(self) -> Judge:
         """Of the held-out part of the calibration text."""
@@ -162,16 +175,14 @@ def aggregate(
         source, report.distilled = tuned(dst, DISTILLED, distil, memory=memory, progress=progress)
         sources = [source if x == Rounded(DISTILLED) else x for x in sources]
         clock.note(report, "distil")
-    with Workshop(dst, memory=memory) as shop:
+    with Workshop(dst, memory=memory, after_choice=bool(distil)) as shop:
         report.tokens = shop.calibration.num_tokens
         with shop.judge() as judge:
             partial = dst / "experts.partial"
             shutil.rmtree(partial, ignore_errors=True)
             try:
                 writer, spill = StoreWriter(partial), Spill(partial / "added.bin")
-                menus, errors, sensitivities = _layers(
-                    shop, judge, spill, sources, validate, progress
-                )
+                menus, errors, sensitivities = _layers(shop, judge, spill, sources, progress)
                 clock.note(report, "layers")
                 losses = losses_of(
                     menus,
@@ -186,7 +197,12 @@ def aggregate(
                 _write_curve(partial, losses, points, report)
                 clock.note(report, "curve")
                 if validate:
-                    _validate(judge, menus, losses, report, progress)
+                    # One model at a time: the exact one has done its part.
+                    judge.let_go()
+                    shop.close()
+                    link_model(dst, partial)
+                    with Trial(partial, judge, memory=memory) as trial:
+                        _validate(trial, losses, report, progress)
                     clock.note(report, "validate")
                 _swap(dst, partial)
             finally:
@@ -226,7 +242,6 @@ def _layers(
     judge: Judge,
     spill: Spill,
     sources: Sequence[Source],
-    keep: bool,
     progress: Progress,
 ) -> tuple[list[LayerMenu], list[tuple[np.ndarray, np.ndarray]], list[np.ndarray]]:
     """Makes and measures the rungs of one layer after the other."""
@@ -238,16 +253,17 @@ def _layers(
         errors.append(measure_errors(statistics, menu))
         sensitivities.append(measure_sensitivity(judge, menu, *errors[-1]))
         menu.records = spill.put(menu.records)
-        if not keep:
-            for rung in menu.rungs:
-                rung.stand_in = _gone
+        for rung in menu.rungs:
+            rung.stand_in = _gone
         menus.append(menu)
     progress("layers", total, total)
     return menus, errors, sensitivities
 
 
 def _gone(expert: int) -> Any:
-    raise RuntimeError("the rungs of this layer were not kept; aggregate with validate=True")
+    raise RuntimeError(
+        "the rungs of a layer are not kept once they are measured; read them from the store"
+    )
 
 
 def _pruned(
@@ -325,13 +341,14 @@ def _write_curve(partial: Path, losses: Losses, points: Sequence[Solution], repo
     ]
 
 
-def _validate(
-    judge: Judge, menus: Sequence[LayerMenu], losses: Losses, report: Report, progress: Progress
-) -> None:
+def _validate(trial: Trial, losses: Losses, report: Report, progress: Progress) -> None:
     for number, fraction in enumerate(VALIDATED):
         progress("validating", number, len(VALIDATED))
-        solution = losses.solve(fraction)
-        verdict = judge_choice(judge, menus, losses, solution.choice)
+        try:
+            solution = losses.solve(fraction)
+        except InfeasibleError:
+            continue
+        verdict = trial.measure(solution.choice)
         report.predicted.append(
             {
                 "fraction": losses.bytes_of(solution.choice) / losses.full_bytes,

@@ -3,7 +3,7 @@
 One streaming pass: the model runs with its exact weights, experts are read as they are needed, and
 each layer's inputs and routing go straight to disk (comoe/aggregate/calibration.py says how they lie).
 Several texts are several domains. Whole windows of each are held out, so that losses can be measured
-on tokens that nothing was fitted to.
+on tokens that nothing was fitted to, and half of these are of the part that distillation chooses on.
 """
 
 from __future__ import annotations
@@ -22,7 +22,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from comoe.aggregate.calibration import DTYPES, FOLDER, FORMAT, MANIFEST, Calibration
+from comoe.aggregate.calibration import (
+    CHOSEN,
+    DTYPES,
+    FITTED,
+    FOLDER,
+    FORMAT,
+    MANIFEST,
+    MEASURED,
+    Calibration,
+)
 from comoe.aggregate.errors import CalibrationError
 from comoe.aggregate.published import published
 from comoe.config import format_bytes
@@ -41,11 +50,11 @@ Text = str | Path | Sequence[int]
 
 @dataclass(frozen=True)
 class Batch:
-    """Windows of one length and one domain, all held out or none."""
+    """Windows of one length, one domain and one part."""
 
     ids: np.ndarray  # int32 [B, T]
     domain: int
-    held_out: bool
+    part: int
 
 
 def calibrate(
@@ -86,8 +95,8 @@ def calibrate(
 
 def plan_windows(
     ids: Mapping[str, np.ndarray], tokens: int, window: int
-) -> list[tuple[int, bool, np.ndarray]]:
-    """(domain, held out, ids) of each window. A short text gets shorter windows, so that some are held out."""
+) -> list[tuple[int, int, np.ndarray]]:
+    """(domain, part, ids) of each window. A short text gets shorter windows, so that some are held out."""
     if tokens < 2 or window < LEAST_WINDOW:
         raise CalibrationError(
             f"calibrate: expected tokens >= 2 and window >= {LEAST_WINDOW}, got {tokens} and {window}"
@@ -101,17 +110,16 @@ def plan_windows(
         count = max(share // length, 1)
         starts = np.linspace(0, max(len(text) - length, 0), count).astype(np.int64)
         for number, start in enumerate(starts):
-            held_out = number % HELD_OUT_EVERY == HELD_OUT_EVERY - 1
-            found.append((domain, held_out, text[start : start + length]))
+            turn, last = divmod(number, HELD_OUT_EVERY)
+            held_out = last == HELD_OUT_EVERY - 1
+            part = (MEASURED, CHOSEN)[turn % 2] if held_out else FITTED
+            found.append((domain, part, text[start : start + length]))
     return found
 
 
 def _ids(name: str, text: Text, tokenizer: Any) -> np.ndarray:
     if isinstance(text, Path):
-        try:
-            text = text.read_text(encoding="utf-8", errors="replace")
-        except OSError as error:
-            raise CalibrationError(f"calibrate: text {name!r} cannot be read: {error}") from error
+        text = _read(name, text)
     if isinstance(text, str):
         text = tokenizer(text, verbose=False)["input_ids"]
     ids = np.asarray(text, np.int32).reshape(-1)
@@ -122,14 +130,31 @@ def _ids(name: str, text: Text, tokenizer: Any) -> np.ndarray:
     return ids
 
 
-def _batches(windows: list[tuple[int, bool, np.ndarray]], pass_tokens: int) -> Iterator[Batch]:
-    groups: dict[tuple[int, bool, int], list[np.ndarray]] = {}
-    for domain, held_out, ids in windows:
-        groups.setdefault((domain, held_out, len(ids)), []).append(ids)
-    for (domain, held_out, length), members in groups.items():
+def _read(name: str, path: Path) -> str:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise CalibrationError(f"calibrate: text {name!r} cannot be read: {error}") from error
+    except UnicodeDecodeError as error:
+        raise CalibrationError(
+            f"calibrate: text {name!r}: {path} is not UTF-8 text (byte {error.start}); convert it first"
+        ) from error
+    if "\0" in text:
+        raise CalibrationError(
+            f"calibrate: text {name!r}: {path} has NUL bytes (the first at character {text.index(chr(0))}), so it "
+            "is binary; give a text"
+        )
+    return text
+
+
+def _batches(windows: list[tuple[int, int, np.ndarray]], pass_tokens: int) -> Iterator[Batch]:
+    groups: dict[tuple[int, int, int], list[np.ndarray]] = {}
+    for domain, part, ids in windows:
+        groups.setdefault((domain, part, len(ids)), []).append(ids)
+    for (domain, part, length), members in groups.items():
         step = max(pass_tokens // length, 1)
         for i in range(0, len(members), step):
-            yield Batch(np.stack(members[i : i + step]), domain, held_out)
+            yield Batch(np.stack(members[i : i + step]), domain, part)
 
 
 def _pass_tokens(model: Any, window: int) -> int:
@@ -234,7 +259,7 @@ class _LayerWriter:
             "experts": torch.where(chosen, index, -1),
             "weights": torch.where(chosen, weights.float(), 0.0),
             "domain": torch.full((hidden.shape[0],), batch.domain),
-            "held_out": torch.full((hidden.shape[0],), batch.held_out),
+            "part": torch.full((hidden.shape[0],), batch.part),
         }
         if self.logits is not None:
             parts["logits"] = self.logits(hidden)
@@ -264,7 +289,7 @@ def _write_tokens(part: Path, batches: Sequence[Batch]) -> None:
         ids=np.concatenate([batch.ids.reshape(-1) for batch in batches]).astype(np.int32),
         sequence=np.repeat(np.arange(len(lengths), dtype=np.int32), lengths),
         domain=per_token("domain", np.uint8),
-        held_out=per_token("held_out", np.bool_),
+        part=per_token("part", np.uint8),
     )
 
 

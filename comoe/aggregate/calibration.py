@@ -3,10 +3,14 @@
 DST/calibration/
     calibration.json   format, fingerprint of the packed checkpoint, domains, tokens, and per layer: name,
                        rows, num_experts, hidden, experts_per_row, whether it has logits
-    tokens.npz         ids int32 [T], sequence int32 [T], domain uint8 [T], held_out bool [T]
+    tokens.npz         ids int32 [T], sequence int32 [T], domain uint8 [T], part uint8 [T]
     layer-00000/       inputs.bin  bf16 [N, H];  experts.bin int16 [N, K], -1: none;  weights.bin fp32 [N, K]
                        logits.bin  fp16 [N, E], where the router is understood
-                       domain.bin  uint8 [N];  held_out.bin bool [N]
+                       domain.bin  uint8 [N];  part.bin uint8 [N]
+
+A sequence belongs to one part: FITTED is what rungs are made from, MEASURED what their losses are measured on,
+and CHOSEN, held out too, is for a stage that keeps the best of several states (distillation): losses of what it
+chose must not be measured on the text that chose it. Where there was no such stage, CHOSEN measures as well.
 
 T tokens were read. N rows reached a layer's experts: one per token in the same order in most families,
 but some call their experts with routed rows only (then K = 1, and rows carry no token).
@@ -23,16 +27,17 @@ import torch
 
 from comoe.aggregate.errors import CalibrationError
 
-FORMAT = 1
+FORMAT = 2
 FOLDER = "calibration"
 MANIFEST = "calibration.json"
+FITTED, MEASURED, CHOSEN = range(3)
 DTYPES = {
     "inputs": torch.bfloat16,
     "experts": torch.int16,
     "weights": torch.float32,
     "logits": torch.float16,
     "domain": torch.uint8,
-    "held_out": torch.bool,
+    "part": torch.uint8,
 }
 
 
@@ -56,7 +61,7 @@ def shapes(entry: dict) -> dict[str, tuple[int, ...]]:
         "experts": (n, entry["experts_per_row"]),
         "weights": (n, entry["experts_per_row"]),
         "domain": (n,),
-        "held_out": (n,),
+        "part": (n,),
     }
     if entry["logits"]:
         found["logits"] = (n, entry["num_experts"])
@@ -66,13 +71,21 @@ def shapes(entry: dict) -> dict[str, tuple[int, ...]]:
 class Calibration:
     """A finished calibration folder; `comoe.aggregate.calibrate` makes one."""
 
-    def __init__(self, folder: Path, manifest: dict, tokens: dict[str, np.ndarray]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        manifest: dict,
+        tokens: dict[str, np.ndarray],
+        held_out: tuple[int, ...] = (MEASURED, CHOSEN),
+    ) -> None:
         self.folder, self.manifest = folder, manifest
+        self._tokens, self._held_out = tokens, held_out
         self.domains: tuple[str, ...] = tuple(manifest["domains"])
         self.fingerprint: str = manifest["fingerprint"]
         self.layers: list[dict] = manifest["layers"]
         self.ids, self.sequence = tokens["ids"], tokens["sequence"]
-        self.domain, self.held_out = tokens["domain"], tokens["held_out"]
+        self.domain, self.part = tokens["domain"], tokens["part"]
+        self.held_out = np.isin(self.part, held_out)
 
     @property
     def num_tokens(self) -> int:
@@ -105,7 +118,7 @@ class Calibration:
             )
         try:
             with np.load(folder / "tokens.npz", allow_pickle=False) as file:
-                tokens = {name: file[name] for name in ("ids", "sequence", "domain", "held_out")}
+                tokens = {name: file[name] for name in ("ids", "sequence", "domain", "part")}
             found = cls(folder, manifest, tokens)
             found._check_files()
         except (OSError, KeyError, ValueError, TypeError) as error:
@@ -138,7 +151,20 @@ class Calibration:
             name: _map(self._path(layer, name), shape, DTYPES[name])
             for name, shape in shapes(self.layers[layer]).items()
         }
-        return LayerRecord(**{"logits": None, **tensors})
+        part = tensors.pop("part")
+        held_out = torch.zeros(len(part), dtype=torch.bool)
+        for number in self._held_out:
+            held_out |= part == number
+        return LayerRecord(**{"logits": None, **tensors}, held_out=held_out)
+
+    def after_choice(self) -> Calibration:
+        """The same for what comes after a choice made on CHOSEN: that part counts as fitted to."""
+        found = Calibration(self.folder, self.manifest, self._tokens, (MEASURED,))
+        if not found.held_out.any():
+            raise CalibrationError(
+                f"{self.folder}: no text to measure on is left after a choice; calibrate again on a longer text"
+            )
+        return found
 
     def counts(self, layer: int) -> np.ndarray:
         """int64 [E]: rows that each expert was given, held-out ones included."""

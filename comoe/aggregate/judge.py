@@ -80,6 +80,10 @@ class Judge:
     def __exit__(self, *error: object) -> None:
         self.close()
 
+    def let_go(self) -> None:
+        """Forgets the model, which may then be closed; `measure_model` still works."""
+        self.model = None
+
     def close(self) -> None:
         self._kept.close()
 
@@ -90,6 +94,12 @@ class Judge:
         with _replaced(self.model, self.weights, layers):
             found = score(self.model, self.ids, self.windows, against=self._kept)
         return self._verdict(found)
+
+    def measure_model(self, model: Any) -> Verdict:
+        """Another model of the same checkpoint, as it runs."""
+        self._kept.seek(0)
+        self.trials += 1
+        return self._verdict(score(model, self.ids, self.windows, against=self._kept))
 
     def _verdict(self, found: Score) -> Verdict:
         return Verdict(found.perplexity, self._exact.perplexity, found.kl_back / found.tokens)

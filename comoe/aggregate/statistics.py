@@ -338,10 +338,3 @@ def super_experts(peaks: Sequence[np.ndarray]) -> list[np.ndarray]:
         SUPER_TIMES * np.median(every[every > 0]) if (every > 0).any() else np.inf,
     )
     return [layer >= least for layer in peaks]
-
-
-def data_free_error(exact: Expert, approximation: Expert) -> float:
-    """Sum over matrices of ||W - W'||^2 / ||W||^2: what is known of an error without calibration. To first
-    order it is the output's relative squared error when the inputs are white."""
-    pairs = zip(exact.matrices, approximation.matrices, strict=True)
-    return sum(float((w - a).square().sum() / w.square().sum().clamp_min(1e-30)) for w, a in pairs)

@@ -321,7 +321,8 @@ def run_sweep(
     unknown = set(names) - set(sweep.methods)
     if unknown:
         raise ValueError(
-            f"sweep: unknown methods {sorted(unknown)}; there are {', '.join(sweep.methods)}"
+            f"sweep: unknown methods {sorted(unknown)}; there are {', '.join(map(repr, sweep.methods))} "
+            "(the store's own levels and 'allocator' after comoe aggregate)"
         )
     rows, done = [], 0
     for name in names:

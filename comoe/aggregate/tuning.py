@@ -3,7 +3,8 @@
     round -> distil_logits against the exact model -> the same records, better filled
 
 All layers are in memory at once (BYTES_PER_WEIGHT), which suits models that fit several times over. The
-run leaves checkpoints in the packed folder, named after all it depends on.
+run leaves checkpoints in the packed folder, named after all it depends on. Which state stays is decided on a
+part of the held-out text that measures no losses (comoe/aggregate/calibration.py).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from comoe.aggregate.calibration import Calibration
+from comoe.aggregate.calibration import CHOSEN, FITTED, Calibration
 from comoe.aggregate.candidates import Tuned, rounded_matrices, set_of
 from comoe.aggregate.coded_layer import CodedLayer
 from comoe.aggregate.distil import distil_logits
@@ -40,23 +41,23 @@ def tuned(
     dst: Path, bits: int, steps: int, *, memory: str | int | None = None, progress: Progress
 ) -> tuple[Tuned, dict[str, Any]]:
     """Codes of `bits` for all experts of `dst` after `steps` of distillation, and the report on it: level, kept,
-    before, after (KL in nats per token on held-out calibration text), steps, seconds."""
+    before, after (KL in nats per token on the text that chose the state), steps, seconds."""
     import comoe
 
     model = comoe.load(dst, memory=memory, exact=True, dtype=torch.float32)
     try:
         weights = ExpertWeights.open(dst, model.comoe.specs)
         calibration = Calibration.open(dst, fingerprint=weights.fingerprint)
-        fitted, held_out = (windows(calibration, held_out=h) for h in (False, True))
+        fitted, chosen_on = (windows(calibration, part) for part in (FITTED, CHOSEN))
         _check_memory(weights)
         layers = _rounded_layers(weights, calibration, bits, progress)
         folder = dst / CHECKPOINTS
         folder.mkdir(exist_ok=True)
         report = distil_logits(
-            model, layers, fitted, held_out,
+            model, layers, fitted, chosen_on,
             steps=steps,
             rate=RATE,
-            checkpoint=folder / f"{_key(layers, fitted, held_out)}.pt",
+            checkpoint=folder / f"{_key(layers, fitted, chosen_on)}.pt",
             progress=lambda step, total, loss: progress("distilling", step, total),
         )  # fmt: skip
         known = [
@@ -79,21 +80,21 @@ def tuned(
     }
 
 
-def windows(calibration: Calibration, *, held_out: bool) -> torch.Tensor:
-    """int64 [B, T]: its sequences in windows of one length, at most WINDOW; what is left over is not used."""
+def windows(calibration: Calibration, part: int) -> torch.Tensor:
+    """int64 [B, T]: the sequences of a part in windows of one length, at most WINDOW; what is left over is not used."""
     sequence, ids = calibration.sequence, calibration.ids
     bounds = np.flatnonzero(np.r_[True, np.diff(sequence) != 0, True])
     length = min(WINDOW, int(np.diff(bounds).min()))
     found = [
         ids[begin : begin + length]
         for first, last in itertools.pairwise(bounds.tolist())
-        if bool(calibration.held_out[first]) == held_out
+        if calibration.part[first] == part
         for begin in range(first, last - length + 1, length)
     ]
     if not found:
-        part = "held-out text" if held_out else "text to fit on"
+        what = "text to fit on" if part == FITTED else "held-out text to choose a state on"
         raise AggregateError(
-            f"distil: the calibration has no {part}; calibrate again on a longer text"
+            f"distil: the calibration has no {what}; calibrate again on a longer text"
         )
     return torch.from_numpy(np.stack(found).astype(np.int64))
 

@@ -68,6 +68,7 @@ def calibrate(
             "held_out": int(found.held_out.sum()),
             "domains": list(found.domains),
             "least_rows": [int(c.min()) for c in counts],
+            "rows": [c.tolist() for c in counts],
             "unseen_experts": int(sum((c == 0).sum() for c in counts)),
         }
         if as_json:

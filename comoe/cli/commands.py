@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from comoe.cli import aggregation, tables
+from comoe.cli import aggregation, planning, tables
 from comoe.cli.common import bytes_bar, count_bar, output, quiet_transformers
 from comoe.config import CoMoEConfig, parse_bytes
 
@@ -51,6 +51,7 @@ def add_to(app: typer.Typer) -> None:
         run,
         evaluate,
         inspect,
+        planning.plan,
         trace,
         doctor,
     ):
@@ -351,6 +352,14 @@ def trace(
         int | None, typer.Option("--max-tokens", help="Use only the text's first tokens.")
     ] = None,
     window: Annotated[int, typer.Option("--window", help="Tokens per sequence.")] = 512,
+    depth: Annotated[
+        int,
+        typer.Option(
+            "--depth",
+            min=0,
+            help="Record too what the routers of this many next layers would choose (0: do not).",
+        ),
+    ] = 1,
     as_json: Json = False,
 ) -> None:
     """Record which experts a model chooses for a text, for replay (format: docs/trace.md).
@@ -367,7 +376,7 @@ def trace(
         model, tokenizer = load(path, memory, exact)
         ids, _ = encode(tokenizer, content, max_tokens)
         with count_bar("tracing") as update:
-            recorder = record_text(model, ids, window, progress=update)
+            recorder = record_text(model, ids, window, progress=update, depth=depth)
         recorded = trace_of(model, recorder, Path(path).name)
         model.comoe.close()
         recorded.write(out)

@@ -50,6 +50,7 @@ def start_runtime(
         config,
         model_sizes(model, k, intermediate),
         baseline=baseline,
+        experts_per_token=k,
         predictor=NextGate(model, blocks, k),
         on_close=close,
     )

@@ -1,9 +1,8 @@
 """Leaves a core to the thread that reads while a model waits for its disk.
 
-torch's OpenMP threads spin between two parallel regions. On 2 cores the reading thread then got no core
-when requests had ended, and the disk ran dry: with a third of the experts resident (bench/bench_offload.py
---text random) it was busy 61 to 65 % of the time, and 81 to 84 % with one torch thread, which computed
-the dense parts of a token in the same time, since two threads were interrupted all the time.
+torch's OpenMP threads spin between two parallel regions. On 2 cores the reading thread then had no core for 7
+to 8 ms of a token's 100 while nothing was in flight; with one torch thread for 3 ms, and the dense parts of
+a token took no longer (docs/performance.md, bench/bench_offload.py --text random).
 """
 
 from __future__ import annotations

@@ -10,8 +10,11 @@ import torch
 
 from comoe import _C, memory
 from comoe.config import CoMoEConfig, format_bytes, parse_bytes
+from comoe.policy.assumed import assumed_losses
 from comoe.policy.curve import Curve, CurvePlanner
-from comoe.policy.plan import EvenPlanner, Plan, Planner
+from comoe.policy.joint import GoalError, JointPlanner
+from comoe.policy.misses import MissRule
+from comoe.policy.plan import EvenPlanner, Plan, Planner, Sizes
 from comoe.policy.predictor import NoPredictor, Predictor, PrefetchGauge
 from comoe.policy.upgrades import RecentUse, UpgradePolicy
 from comoe.runtime.budget import EXPERT_ROWS, LONG_STEP, Budget, ModelSizes, Step
@@ -25,6 +28,8 @@ from comoe.runtime.engine import (
     slab_bytes,
     store_sizes,
 )
+from comoe.runtime.live import Live
+from comoe.runtime.missing import MissHandler
 from comoe.runtime.prefill import forward_unpacked
 from comoe.runtime.reader_core import ReaderCore
 from comoe.runtime.spec import ExpertsSpec
@@ -41,9 +46,13 @@ UPGRADE_EVERY = 8  # steps between choices of experts that climb
 CALM_STEPS = 8  # steps without pressure before the pool takes back what it lent
 
 
-def planner_of(store: Store) -> Planner:
-    """By the measured curve of an aggregated store; else all experts alike."""
+def planner_of(store: Store, sizes: Sizes, config: CoMoEConfig, experts_per_token: int) -> Planner:
+    """For a goal the joint planner; else by the measured curve of an aggregated store, or all alike."""
     losses = store.losses()
+    if config.quality is not None or config.latency is not None:
+        if losses is None:
+            return JointPlanner(*assumed_losses(sizes, experts_per_token))
+        return JointPlanner(losses["loss"], losses["use"], losses["floor"])
     if losses is None:
         return EvenPlanner()
     return CurvePlanner(Curve(losses["curve_level"], losses["curve_loss"]))
@@ -63,6 +72,7 @@ class Runtime:
         sizes: ModelSizes,
         *,
         baseline: int,
+        experts_per_token: int = 2,
         predictor: Predictor | None = None,
         planner: Planner | None = None,
         upgrades: UpgradePolicy | None = None,
@@ -70,10 +80,10 @@ class Runtime:
     ):
         self.store, self.specs, self.config = store, specs, config
         self.predictor = predictor or NoPredictor()
-        self.planner = planner or planner_of(store)
         self.upgrades = upgrades or RecentUse([spec.num_experts for spec in specs])
         self.gauge = PrefetchGauge()
         self._reader_core = ReaderCore()
+        self._rule: MissRule | None = None
         self._on_close = on_close
         self._lock = threading.RLock()  # one step, or one change of budget, at a time
         self._closed = False
@@ -90,6 +100,10 @@ class Runtime:
 
         table = RecordTable(store)
         self.store_sizes = store_sizes(store, table)
+        self.planner = planner or planner_of(store, self.store_sizes, config, experts_per_token)
+        self.live = Live(self.store_sizes, specs, sizes.dense)
+        if isinstance(self.planner, JointPlanner):
+            self.planner.situation = self.live.situation(config.goal())
         least = self.planner.least(self.store_sizes, exact=config.exact)
         largest = self.store_sizes.largest(least)
         in_full = self.store_sizes.total(store.levels.exact)
@@ -112,6 +126,7 @@ class Runtime:
             verify=config.verify,
         )
         self.records = Records(store, table)
+        self.missing = MissHandler(self.engine, self.store_sizes)
         self._op = _C.MoeOp(self.engine, list(store.levels.masks))
         for layer_idx, (spec, layer) in enumerate(zip(specs, store.layers, strict=True)):
             activation = spec.activation or "silu"
@@ -158,6 +173,7 @@ class Runtime:
             hidden = hidden.contiguous()
         index = top_k_index.to(torch.int64).contiguous()
         ahead = self._predict(layer_idx, hidden)
+        index = self._face_misses(layer_idx, index, top_k_weights)
         used = np.zeros(spec.num_experts, np.uint8)
         rows = tokens * k / min(spec.num_experts, max(tokens * k, 1))
         part = max(EXPERT_ROWS // (4 * k * (spec.hidden + spec.intermediate)), 1)
@@ -188,6 +204,21 @@ class Runtime:
                 )
         self._note_used(layer_idx, used)
         return out
+
+    def _face_misses(
+        self, layer_idx: int, index: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """The indices to compute, once the rule has decided what not to wait for."""
+        if self._rule is None:
+            return index
+        low, want = self._min_level[layer_idx], self._want_level[layer_idx]
+        gates = weights.detach().to(torch.float32).numpy()
+        self.live.profile.note(layer_idx, index.numpy(), gates)
+        decided = self.missing.decide(self._rule, layer_idx, index.numpy(), gates, low, want)
+        if decided is not None:
+            index, low = torch.from_numpy(decided[0]), decided[1]
+        self._op.set_levels(layer_idx, low, want)
+        return index
 
     def _predict(self, layer_idx: int, hidden: torch.Tensor) -> np.ndarray:
         """Records to read ahead while this layer computes: int32, most wanted first."""
@@ -225,6 +256,7 @@ class Runtime:
             long = step.tokens > 1 and workspace >= LONG_STEP
             self._per_layer = workspace - self.budget.sizes.new_kv(step) if long else 0
             engine = self.engine.stats()
+            self.live.note_step(step.tokens, self._used, engine)
             self._govern(workspace, engine)
             self._keep_freed(not (long and self._lent()))
             self.gauge.note_step(
@@ -262,8 +294,8 @@ class Runtime:
             self._govern(0, self.engine.stats(), within=True)
             return self.describe()
 
-    def _make_plan(self, pool_bytes: int | None = None) -> Plan:
-        """What the pool can hold; `pool_bytes`: less than planned, because others need memory."""
+    def _planned_pool(self, pool_bytes: int | None = None) -> int:
+        """Bytes of the pool, in whole slabs; `pool_bytes`: less than planned, because others need memory."""
         if pool_bytes is None:
             pool_bytes = self.budget.planned_pool(self.config.max_context)
         # More than all experts in full, and room to move, is never of use.
@@ -272,15 +304,26 @@ class Runtime:
             + self.budget.pool_floor
             + self._slab_bytes
         )
-        slabs = min(pool_bytes, most) // self._slab_bytes
-        return self.planner.plan(
-            self.store_sizes, slabs * self._slab_bytes, exact=self.config.exact
-        )
+        return min(pool_bytes, most) // self._slab_bytes * self._slab_bytes
+
+    def _make_plan(self) -> Plan:
+        """What is best with the budget. Raises GoalError where it cannot meet the goal."""
+        return self._plan_for(self._planned_pool())
+
+    def _plan_for(self, pool_bytes: int) -> Plan:
+        return self.planner.plan(self.store_sizes, pool_bytes, exact=self.config.exact)
+
+    def _nearest_plan(self, pool_bytes: int) -> Plan:
+        """What comes nearest to the goal with less memory than the budget, for a while."""
+        try:
+            return self._plan_for(self._planned_pool(pool_bytes))
+        except GoalError as error:
+            return error.nearest
 
     def _govern(self, coming: int, stats: dict, *, within: bool = False) -> None:
         """Lends pool memory to the rest of the process, of which `coming` bytes are about to be taken,
         and takes it back once some passes were calm (not `within` one)."""
-        planned = self._make_plan().pool_bytes
+        planned = self._planned_pool()
         allowed = self._allowed_pool(coming, stats)
         if allowed < self.plan.pool_bytes or (self._lent() and self._step % CALM_STEPS == 0):
             memory.give_back_free()
@@ -291,12 +334,12 @@ class Runtime:
             self._calm = 0
             # Room for the next steps as well, since each change stops what is read ahead.
             target = max(target - LONG_STEP, least)
-            self._install(self._make_plan(target))
+            self._install(self._nearest_plan(target))
         elif target > self.plan.pool_bytes and not within:
             self._calm += 1
             if self._calm >= CALM_STEPS:
                 self._calm = 0
-                self._install(self._make_plan(target))
+                self._install(self._nearest_plan(target))
 
     def _least_pool(self) -> int:
         """Bytes of pool, in whole slabs, that the present plan can work with."""
@@ -304,7 +347,7 @@ class Runtime:
         return max(slabs * self._slab_bytes, self.engine.minimum_budget())
 
     def _lent(self) -> bool:
-        return self.plan.pool_bytes < self._make_plan().pool_bytes
+        return self.plan.pool_bytes < self._planned_pool()
 
     def _keep_freed(self, keep: bool) -> None:
         if keep != self._keeps_freed:
@@ -324,11 +367,12 @@ class Runtime:
             self._op.set_levels(layer_idx, low, self._want_level[layer_idx])
             most = int(np.bincount(self._kernel_levels[low]).argmax())
             self._prefill_rows.append(prefill_rows(most))
-        base = kept = self.store_sizes.chosen(plan.min_level)
+        base = plan.base
+        aimed = kept = base | self.store_sizes.chosen(plan.min_level)
         # What is above the plan stays only while nothing of the plan is missing: it could stand in the
         # way, since speculation spares what has just come.
         if plan.resident and (self.engine.resident()[base] == RESIDENT).all():
-            kept = base | self.store_sizes.chosen(plan.want_level)
+            kept = aimed | self.store_sizes.chosen(plan.want_level)
         for kind in (PREFETCH, UPGRADE):
             self.engine.cancel(kind)
         self.engine.evict(np.flatnonzero(~kept).astype(np.int32))
@@ -337,7 +381,12 @@ class Runtime:
         self._base = base
         self.engine.forget_largest_need()
         self.engine.set_budget(plan.pool_bytes)
+        # Then, until the cache knows better, whatever fits of what the plan aims at.
         self.engine.request(self.records.in_order(base), UPGRADE)
+        self.engine.request(self.records.in_order(aimed & ~base), UPGRADE)
+        self._rule = None
+        if isinstance(self.planner, JointPlanner):
+            self._rule = self.live.rule(plan, self.planner.loss, self.planner.use)
 
     def _upgrade(self) -> None:
         """Values the records above the plan's levels by use, and asks for those of the best experts:

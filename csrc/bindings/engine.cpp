@@ -116,7 +116,9 @@ static py::dict stats_dict(const EngineStats& s) {
   d["bytes_from_disk"] = s.backend.bytes_from_disk;
   d["buffered_reads"] = s.backend.buffered_reads;
   d["retries"] = s.backend.retries;
+  d["busy_seconds"] = s.backend.busy_seconds;
   d["io"] = s.backend.io;
+  d["waits"] = s.waits;
   d["wait_seconds"] = s.wait_seconds;
   d["page_bytes"] = s.page_bytes;
   d["budget_bytes"] = s.budget_bytes;

@@ -38,6 +38,7 @@ struct EngineClosed : std::runtime_error {
 struct EngineStats {
   CoreStats core;
   BackendStats backend;
+  int64_t waits = 0;        // times that a session stood still
   double wait_seconds = 0;  // sessions stood still for this long
   int64_t page_bytes = 0, budget_bytes = 0, mapped_bytes = 0;
   int64_t slabs = 0, slabs_target = 0, pages_used = 0, pages_free = 0, pages_reclaiming = 0;
