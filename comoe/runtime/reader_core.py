@@ -1,8 +1,8 @@
 """Leaves a core to the thread that reads while a model waits for its disk.
 
-torch's OpenMP threads spin between two parallel regions. On 2 cores the reading thread then had no core for 7
-to 8 ms of a token's 100 while nothing was in flight; with one torch thread for 3 ms, and the dense parts of
-a token took no longer (docs/performance.md, bench/bench_offload.py --text random).
+torch's OpenMP threads spin between two parallel regions and take the reading thread's core. With a third of the
+experts resident, random text, 2 cores: 93 ms per token with two torch threads, 86 with one, alternating in one process
+(docs/performance.md).
 """
 
 from __future__ import annotations
