@@ -1,0 +1,49 @@
+"""Tells the engine what its cache policy thinks that keeping each expert's records is worth."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from comoe import _C
+from comoe.policy.cache import CachePolicy
+
+HELD = np.float32(3e38)  # above every policy's values
+
+
+class Kept:
+    """Of one model. What the plan holds is worth more than anything that a policy says.
+
+    ids: int32 [E, R] of each layer, records of its experts, -1 for none.
+    """
+
+    def __init__(self, engine: _C.Engine, policy: CachePolicy, ids: Sequence[np.ndarray]):
+        self._engine, self.policy, self._ids = engine, policy, ids
+        self._cached: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+
+    def hold(self, base: np.ndarray) -> None:
+        """base: bool [ids], the records that are always in memory; the others are the policy's."""
+        self._engine.set_value(np.flatnonzero(base).astype(np.int32), np.full(base.sum(), HELD))
+        self._cached = []
+        for layer_idx, ids in enumerate(self._ids):
+            experts, columns = np.nonzero((ids >= 0) & ~base[ids])
+            mine = ids[experts, columns]
+            order = np.argsort(mine, kind="stable")  # records of several experts: side by side
+            unique, starts = np.unique(mine[order], return_index=True)
+            self._cached.append((unique.astype(np.int32), experts[order], starts))
+            self._tell(layer_idx)
+
+    def note(
+        self, layer_idx: int, experts: np.ndarray, weights: np.ndarray, used_levels: np.ndarray
+    ) -> None:
+        """A layer ran; see CachePolicy.note."""
+        self.policy.note(layer_idx, experts, weights, used_levels)
+        self._tell(layer_idx)
+
+    def _tell(self, layer_idx: int) -> None:
+        ids, experts, starts = self._cached[layer_idx]
+        if ids.size:
+            values = self.policy.values(layer_idx)[experts]
+            # What several experts share is worth what it is to the one that values it most.
+            self._engine.set_value(ids, np.maximum.reduceat(values, starts))
