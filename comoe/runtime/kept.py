@@ -8,7 +8,9 @@ import numpy as np
 
 from comoe import _C
 from comoe.policy.cache import CachePolicy
+from comoe.policy.predictor import RankChances
 
+REFRESH = 64  # tokens
 HELD = np.float32(3e38)  # above every policy's values
 
 
@@ -20,6 +22,8 @@ class Kept:
 
     def __init__(self, engine: _C.Engine, policy: CachePolicy, ids: Sequence[np.ndarray]):
         self._engine, self.policy, self._ids = engine, policy, ids
+        self._chances = RankChances(len(ids))
+        self._tokens = 0
         self._cached: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
 
     def hold(self, base: np.ndarray) -> None:
@@ -34,12 +38,25 @@ class Kept:
             self._cached.append((unique.astype(np.int32), experts[order], starts))
             self._tell(layer_idx)
 
-    def note(
-        self, layer_idx: int, experts: np.ndarray, weights: np.ndarray, used_levels: np.ndarray
-    ) -> None:
-        """A layer ran; see CachePolicy.note."""
-        self.policy.note(layer_idx, experts, weights, used_levels)
+    def note(self, layer_idx: int, experts: np.ndarray, used_levels: np.ndarray) -> None:
+        """A layer ran. experts: int64 [n], each once.  used_levels: int64 [n]."""
+        self.policy.note(layer_idx, experts, np.ones(len(experts)), used_levels)
         self._tell(layer_idx)
+        if layer_idx == len(self._ids) - 1:
+            self._tokens += 1
+            if self._tokens % REFRESH == 0:  # a policy may count from another origin by now
+                for other in range(len(self._ids)):
+                    self._tell(other)
+
+    def predicted(self, layer_idx: int, ahead: int, experts: np.ndarray) -> None:
+        """A layer that runs `ahead` layers from now will likely use experts int64 [n]."""
+        chances = self._chances.of(layer_idx, ahead, experts.size)
+        self.policy.predicted(layer_idx, experts, chances)
+        self._tell(layer_idx)
+
+    def judge(self, layer_idx: int, ahead: int, guess: np.ndarray, used: np.ndarray) -> None:
+        """What was predicted of a layer, and what it used."""
+        self._chances.note(layer_idx, ahead, guess, used)
 
     def _tell(self, layer_idx: int) -> None:
         ids, experts, starts = self._cached[layer_idx]

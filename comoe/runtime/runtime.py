@@ -11,11 +11,13 @@ import torch
 from comoe import _C, memory
 from comoe.config import CoMoEConfig, format_bytes, parse_bytes
 from comoe.policy.assumed import assumed_losses
+from comoe.policy.cache import CachePolicy
 from comoe.policy.controller import Controller
 from comoe.policy.curve import Curve, CurvePlanner
 from comoe.policy.goal import parse_quality
 from comoe.policy.joint import GoalError, JointPlanner, Situation
 from comoe.policy.misses import MissRule
+from comoe.policy.next_use import NextUse
 from comoe.policy.plan import EvenPlanner, Plan, Planner, Sizes
 from comoe.policy.predictor import NoPredictor, Predictor, PrefetchGauge
 from comoe.policy.snapshot import Snapshot
@@ -31,6 +33,7 @@ from comoe.runtime.engine import (
     slab_bytes,
     store_sizes,
 )
+from comoe.runtime.kept import Kept
 from comoe.runtime.live import Live
 from comoe.runtime.missing import MissHandler
 from comoe.runtime.prefill import forward_unpacked
@@ -72,7 +75,7 @@ def planner_of(store: Store, sizes: Sizes, config: CoMoEConfig, experts_per_toke
 class Runtime:
     """The experts of one model: computes them, and keeps what they need within the budget.
 
-    `predictor`, `planner` and `upgrades` are the seams for better policies.
+    `predictor`, `planner`, `upgrades` and `cache` are the seams for better policies.
     """
 
     def __init__(
@@ -87,6 +90,7 @@ class Runtime:
         predictor: Predictor | None = None,
         planner: Planner | None = None,
         upgrades: UpgradePolicy | None = None,
+        cache: CachePolicy | None = None,
         on_close: Callable[[], None] | None = None,
     ):
         self.store, self.specs, self.config = store, specs, config
@@ -142,6 +146,7 @@ class Runtime:
         )
         self.records = Records(store, table)
         self.missing = MissHandler(self.engine, self.store_sizes)
+        self.kept = Kept(self.engine, cache or NextUse(self.store_sizes.num_experts), table.ids)
         self._op = _C.MoeOp(self.engine, list(store.levels.masks))
         for layer_idx, (spec, layer) in enumerate(zip(specs, store.layers, strict=True)):
             activation = spec.activation or "silu"
@@ -150,7 +155,9 @@ class Runtime:
         self._used = [np.zeros(spec.num_experts, np.uint8) for spec in specs]
         self._kernel_levels = kernel_levels(store.levels)
         self._uses, self._bits_used = 0, 0.0
-        self._predicted: dict[int, np.ndarray] = {}
+        self._predicted: dict[
+            int, tuple[int, np.ndarray]
+        ] = {}  # by layer: seen from where, experts
         self._install(self.plan)
 
     # ---- computing ------------------------------------------------------------------------------
@@ -243,7 +250,8 @@ class Runtime:
             return np.empty(0, np.int32)
         ahead = []
         for later, experts in self.predictor.predict(layer_idx, hidden):
-            self._predicted[later] = experts
+            self._predicted[later] = (layer_idx, experts)
+            self.kept.predicted(later, later - layer_idx, experts)
             ahead.append(self.records.of(later, experts, self._min_level[later][experts]))
         return np.concatenate(ahead) if ahead else np.empty(0, np.int32)
 
@@ -254,7 +262,11 @@ class Runtime:
         self._bits_used += self.records.bits(layer_idx, experts, used[experts] - 1).sum()
         predicted = self._predicted.pop(layer_idx, None)
         if predicted is not None:
-            self.gauge.note(predicted, experts)
+            since, guess = predicted
+            self.gauge.note(guess, experts)
+            self.kept.judge(layer_idx, layer_idx - since, guess, experts)
+        if not self.plan.resident:
+            self.kept.note(layer_idx, experts, used[experts].astype(np.int64) - 1)
 
     @property
     def _follows(self) -> bool:
@@ -448,8 +460,7 @@ class Runtime:
         for kind in (PREFETCH, UPGRADE):
             self.engine.cancel(kind)
         self.engine.evict(np.flatnonzero(~kept).astype(np.int32))
-        everything = np.arange(self.records.count, dtype=np.int32)
-        self.engine.set_value(everything, base.astype(np.float32))
+        self._set_values(base)
         self._base = base
         self.engine.forget_largest_need()
         self.engine.set_budget(plan.pool_bytes)
@@ -459,6 +470,14 @@ class Runtime:
         self._rule = None
         if isinstance(self.planner, JointPlanner):
             self._rule = self.live.rule(plan, self.planner.loss, self.planner.use)
+
+    def _set_values(self, base: np.ndarray) -> None:
+        """Where all is held, what is above the plan gets its value from `upgrades`; else from the cache."""
+        if self.plan.resident:
+            everything = np.arange(self.records.count, dtype=np.int32)
+            self.engine.set_value(everything, base.astype(np.float32))
+        else:
+            self.kept.hold(base)
 
     def _set_levels(self) -> None:
         rising = None if self._rising is None else self.store_sizes.of_layer(self._rising)
