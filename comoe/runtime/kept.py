@@ -29,13 +29,15 @@ class Kept:
     def hold(self, base: np.ndarray) -> None:
         """base: bool [ids], the records that are always in memory; the others are the policy's."""
         self._engine.set_value(np.flatnonzero(base).astype(np.int32), np.full(base.sum(), HELD))
-        self._cached = []
-        for layer_idx, ids in enumerate(self._ids):
+        cached = []
+        for ids in self._ids:
             experts, columns = np.nonzero((ids >= 0) & ~base[ids])
             mine = ids[experts, columns]
             order = np.argsort(mine, kind="stable")  # records of several experts: side by side
             unique, starts = np.unique(mine[order], return_index=True)
-            self._cached.append((unique.astype(np.int32), experts[order], starts))
+            cached.append((unique.astype(np.int32), experts[order], starts))
+        self._cached = cached  # at once: a pass may be running
+        for layer_idx in range(len(cached)):
             self._tell(layer_idx)
 
     def note(self, layer_idx: int, experts: np.ndarray, used_levels: np.ndarray) -> None:
@@ -59,6 +61,8 @@ class Kept:
         self._chances.note(layer_idx, ahead, guess, used)
 
     def _tell(self, layer_idx: int) -> None:
+        if not self._cached:
+            return  # no plan with a cache was made yet
         ids, experts, starts = self._cached[layer_idx]
         if ids.size:
             values = self.policy.values(layer_idx)[experts]

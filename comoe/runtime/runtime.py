@@ -481,12 +481,13 @@ class Runtime:
 
     def _set_levels(self) -> None:
         rising = None if self._rising is None else self.store_sizes.of_layer(self._rising)
-        self._prefill_rows = []
+        rows = []
         for layer_idx, low in enumerate(self._min_level):
             least = low if rising is None else rising[layer_idx]
             self._op.set_levels(layer_idx, least, self._want_level[layer_idx])
             most = int(np.bincount(self._kernel_levels[low]).argmax())
-            self._prefill_rows.append(prefill_rows(most))
+            rows.append(prefill_rows(most))
+        self._prefill_rows = rows  # at once: a pass may be running
 
     def _has(self, records: np.ndarray) -> bool:
         """Whether all records where bool [ids] is true are resident."""
