@@ -307,11 +307,13 @@ class Runtime:
         self.plan = plan
         self._min_level = self.store_sizes.of_layer(plan.min_level)
         self._want_level = self.store_sizes.of_layer(plan.want_level)
-        self._prefill_rows = []
+        # A pass may be under way in another thread: it must never see a list that is not complete.
+        prefill = []
         for layer_idx, low in enumerate(self._min_level):
             self._op.set_levels(layer_idx, low, self._want_level[layer_idx])
             most = int(np.bincount(self._kernel_levels[low]).argmax())
-            self._prefill_rows.append(prefill_rows(most))
+            prefill.append(prefill_rows(most))
+        self._prefill_rows = prefill
         base = kept = self.store_sizes.chosen(plan.min_level)
         # What is above the plan stays only while nothing of the plan is missing: it could stand in the
         # way, since speculation spares what has just come.
