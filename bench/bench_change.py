@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 import torch
 from harness import RESULTS, conditions, quantiles
-from transformers import AutoModelForCausalLM, StoppingCriteria
+from transformers import AutoConfig, AutoModelForCausalLM, StoppingCriteria
 
 import comoe
 from comoe.demo import PROMPT, model_folder
@@ -71,12 +71,14 @@ def choices_of(dst: str, methods: tuple[str, ...]) -> dict[str, list[list[int]]]
 
 
 def merged_sets(dst: str, out: str) -> dict[str, list[str]]:
-    """Writes a checkpoint, or a packed one at 4 bits, for each merging method and size: folders by SIZES."""
+    """Writes a checkpoint, or a packed one at 4 bits, for each merging method and size: folders by SIZES, ""
+    where fewer experts would be left than a token uses."""
     from comoe.aggregate.fewer import write_fewer
 
     store = Store.open(dst)
     full = sum(2 * x.num_experts * x.geometry.num_weights for x in store.layers)
     experts = store.layers[0].num_experts
+    least = AutoConfig.from_pretrained(dst).num_experts_per_tok
     four = sum(int(x.records["nbytes"][:, :3].sum()) for x in store.layers)
     found: dict[str, list[str]] = {}
     for method in MERGES:
@@ -86,6 +88,9 @@ def merged_sets(dst: str, out: str) -> dict[str, list[str]]:
                 continue
             for size in SIZES:
                 count = min(int(size * full / (all_of_them / experts)), experts)
+                if count < least:
+                    found.setdefault(name, []).append("")
+                    continue
                 plain = Path(out) / f"{method}-{count}"
                 if not plain.is_dir():
                     write_fewer(Path(dst), None, method, count, plain, memory="200MB")
@@ -323,6 +328,9 @@ def main() -> None:
         sets["plain bits, loaded anew"] = [str(packed)] * len(SIZES)
         for method, folders in sets.items():
             for change in CHANGES:
+                if not folders[SIZES.index(change[1])]:
+                    print(f"{method}: none of {change[1]:.0%}")
+                    continue
                 folder = Path(folders[SIZES.index(change[1])])
                 found = []
                 for _ in range(args.repeats):
