@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -12,7 +13,7 @@ from comoe import _C, memory
 from comoe.config import CoMoEConfig, format_bytes, parse_bytes
 from comoe.policy.assumed import assumed_losses
 from comoe.policy.cache import CachePolicy
-from comoe.policy.controller import Controller
+from comoe.policy.controller import Controller, Decision
 from comoe.policy.curve import Curve, CurvePlanner
 from comoe.policy.goal import parse_quality
 from comoe.policy.joint import GoalError, JointPlanner, Situation
@@ -50,6 +51,7 @@ SCRATCH_BYTES = 1_000_000  # of the kernels; disk reads go straight into the poo
 RECORD_BYTES = 400  # the engine's tables, per record
 UPGRADE_EVERY = 8  # steps between choices of experts that climb
 FOLLOW_EVERY = 64  # steps between plans for what the text uses
+PLANNING_SHARE = 0.01  # of the time that planning for the text may take
 KEPT_FREE = 0.01  # share of the machine's memory that is left to others
 CALM_STEPS = 8  # steps without pressure before the pool takes back what it lent
 
@@ -103,6 +105,7 @@ class Runtime:
             None  # levels in force while a better plan is being loaded
         )
         self._snapshot: Snapshot | None = None
+        self._follow_at = 0.0  # seconds of perf_counter; not before
         self._reader_core = ReaderCore()
         self._on_close = on_close
         self._lock = threading.RLock()  # one step, or one change of budget, at a time
@@ -412,11 +415,20 @@ class Runtime:
             self._snapshot = snapshot
             decision = self.controller.observe(snapshot, self.engine.stats()["mapped_bytes"])
         if self._follows and self._step % FOLLOW_EVERY == 0 and self.live.profile.seen:
-            decision = self.controller.follow(self.live.profile.use()) or decision
+            decision = self._follow_text() or decision
         if decision is not None:
             lent = decision.before is not None and self.plan.pool_bytes < decision.before.pool_bytes
             most = self.plan.pool_bytes if lent else decision.after.pool_bytes
             self._install(self._plan_for(min(most, decision.after.pool_bytes)))
+
+    def _follow_text(self) -> Decision | None:
+        begin = time.perf_counter()
+        if begin < self._follow_at:
+            return None
+        decision = self.controller.follow(self.live.profile.use())
+        end = time.perf_counter()
+        self._follow_at = end + (end - begin) / PLANNING_SHARE
+        return decision
 
     def _govern(self, coming: int, stats: dict, *, within: bool = False) -> None:
         """Lends pool memory to the rest of the process, of which `coming` bytes are about to be taken,
