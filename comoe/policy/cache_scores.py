@@ -91,7 +91,7 @@ class GreedyDual(Clocked):
         super().__init__(num_experts)
         self._worth = worth_of_layers(num_experts, worth)
         self._fade, self._horizon = 0.5 ** (1 / half_life), horizon
-        self._uses = [np.zeros(v.size, np.float32) for v in self._values]
+        self._uses = [np.zeros(v.size) for v in self._values]
 
     def note(
         self, layer_idx: int, experts: np.ndarray, weights: np.ndarray, used_levels: np.ndarray
@@ -119,4 +119,4 @@ def worth_of_layers(num_experts: Sequence[int], worth: np.ndarray | None) -> lis
             f"cache policy: worth: expected {total} numbers above 0, one per expert, got shape "
             f"{worth.shape}; give loss or seconds saved per byte"
         )
-    return np.split((worth / worth.mean()).astype(np.float32), np.cumsum(num_experts)[:-1])
+    return np.split(worth / worth.mean(), np.cumsum(num_experts)[:-1])

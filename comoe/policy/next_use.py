@@ -28,7 +28,7 @@ class NextUse(Clocked):
     worth: [X], what a hit of each expert saves per byte (loss or seconds); its mean becomes 1.
     """
 
-    LEAST = 0.01  # of p: an expert not seen for long is still possible
+    LEAST = 0.25  # of the layer's mean p: an expert not seen for long comes back some time
 
     def __init__(
         self,
@@ -44,9 +44,9 @@ class NextUse(Clocked):
         self._worth = worth_of_layers(num_experts, worth)
         self._fade, self._recent_fade = 0.5 ** (1 / half_life), 0.5 ** (1 / recent_half_life)
         self._share, self._prior = recent_share, prior_tokens
-        self._uses = [np.zeros(v.size, np.float32) for v in self._values]
-        self._recent = [np.zeros(v.size, np.float32) for v in self._values]
-        self._chance = [np.full(v.size, self.LEAST, np.float32) for v in self._values]
+        self._uses = [np.zeros(v.size) for v in self._values]
+        self._recent = [np.zeros(v.size) for v in self._values]
+        self._chance = [np.full(v.size, 1.0 / v.size) for v in self._values]
         self._tokens = np.zeros(self.num_layers)
 
     def new_sequence(self) -> None:
@@ -68,7 +68,7 @@ class NextUse(Clocked):
         recent[experts] += 1 - self._recent_fade
         tokens = self._tokens[layer_idx] = self._tokens[layer_idx] * self._fade + 1
         chance = ((1 - self._share) / tokens) * uses + self._share * recent
-        np.maximum(chance, self.LEAST, out=chance)
+        np.maximum(chance, self.LEAST * max(float(chance.mean()), 1e-6), out=chance)
         self._chance[layer_idx] = chance
         self._values[layer_idx] = self._expected(layer_idx, now + self.num_layers, chance)
 
@@ -85,8 +85,8 @@ class NextUse(Clocked):
         self._values[layer_idx] = self._expected(layer_idx, self._tick(layer_idx), named)
 
     def _expected(self, layer_idx: int, run: int, chance: np.ndarray) -> np.ndarray:
-        later = np.maximum(self._chance[layer_idx], self.LEAST)
-        after = (1 - chance) * self.num_layers / (later * self._worth[layer_idx])
+        later = self._chance[layer_idx] * self._worth[layer_idx]
+        after = (1 - chance) * self.num_layers / later
         return -(run + after)
 
     def values(self, layer_idx: int) -> np.ndarray:

@@ -89,12 +89,15 @@ class SequenceMatrix(Predictor):
         self._now[self._first[layer_idx] + experts] += 1
 
     def _nearest(self) -> np.ndarray | None:
-        """The stored matrix added to this sequence's own; None: nothing is known."""
-        own = self._now / max(np.linalg.norm(self._now), 1e-12)
+        """The stored matrix most like this sequence's own, which stands in while none is stored; None:
+        nothing is known."""
+        if not self._now.any():
+            return None
+        own = self._now / np.linalg.norm(self._now)
         if not self._stored:
-            return own if self._now.any() else None
+            return own
         matrices = [stored / np.linalg.norm(stored) for stored in self._stored]
-        return matrices[int(np.argmax([own @ matrix for matrix in matrices]))] + own
+        return matrices[int(np.argmax([own @ matrix for matrix in matrices]))]
 
     def predict(self, layer_idx: int, hidden: Any) -> Prediction:
         if self._best is None:

@@ -185,6 +185,7 @@ class Simulator:
         wanted = plan.base | self.sizes.chosen(plan.min_level)
         wanted |= self.sizes.chosen(np.maximum(plan.min_level, plan.want_level))
         self._evict(np.flatnonzero(~wanted & (self._state == RESIDENT)))
+        self._value[np.isinf(self._value)] = 0.0
         self._value[plan.base] = np.inf
         self._make_room(0, np.zeros(0, np.int64))
 

@@ -39,10 +39,10 @@ class RoutingMemory:
         scores *= self._fade
         same = known[:, None] == experts
         scores += same.any(1)
-        new = experts[~same.any(0)][: scores.size]
-        if new.size:
-            weakest = np.argsort(scores, kind="stable")[: new.size]
-            known[weakest], scores[weakest] = new, 1.0
+        # What was used just now stays.
+        weakest = np.argsort(scores, kind="stable")[: int((scores < 1).sum())]
+        new = experts[~same.any(0)][: weakest.size]
+        known[weakest[: new.size]], scores[weakest[: new.size]] = new, 1.0
 
     def add(self, key: Hashable, layer_idx: int, scores: np.ndarray, weight: float = 1.0) -> bool:
         """Adds what is remembered to scores [E]; False if nothing is."""
