@@ -7,6 +7,8 @@ import re
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from comoe.policy.goal import Goal, parse_quality
+
 _UNITS = {"": 1, "b": 1}
 for _power, _prefix in enumerate("kmgt", 1):
     for _end in ("", "b"):
@@ -66,6 +68,9 @@ class CoMoEConfig:
     direct_io    read past the page cache (O_DIRECT) where the file system can.
     verify       check the checksum of every increment when it is read.
     upgrade      read finer rungs in the background while coarser ones are in use.
+    quality      "high", "balanced", "fast", or nats per token that may be lost: experts that the memory
+                 does not hold finely enough are then read when that is worth the time. None: never waited for.
+    latency      seconds that a token should take at most; the rest goes into quality. None: no target.
     """
 
     memory: int | None = None
@@ -77,6 +82,8 @@ class CoMoEConfig:
     direct_io: bool = True
     verify: bool = True
     upgrade: bool = True
+    quality: str | float | None = None
+    latency: float | None = None
 
     def __post_init__(self) -> None:
         if self.memory is not None:
@@ -93,9 +100,19 @@ class CoMoEConfig:
                 raise ValueError(
                     f"{name}: expected at least {least} and less than 2^31, got {value}"
                 )
+        self.goal()  # checks quality and latency
+        if self.exact and (self.quality is not None or self.latency is not None):
+            raise ValueError(
+                "exact: expected neither quality nor latency beside it, since exact weights are always "
+                "waited for; leave one of them out"
+            )
         for name in ("exact", "direct_io", "verify", "upgrade"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: expected True or False, got {getattr(self, name)!r}")
+
+    def goal(self) -> Goal:
+        """What quality and latency ask of the planner."""
+        return Goal(parse_quality(self.quality), self.latency)
 
     @classmethod
     def create(cls, **options: Any) -> CoMoEConfig:

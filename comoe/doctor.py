@@ -20,6 +20,7 @@ from comoe import __version__, memory
 from comoe.config import format_bytes
 
 READ_BYTES = 1 << 20
+SMALL_READ = 4 << 10
 SLOW_DISK = 200e6
 
 
@@ -120,7 +121,7 @@ def memory_read_bandwidth(
 
 def disk_bandwidth(folder: str | os.PathLike, num_bytes: int, threads: int = 4) -> dict[str, Any]:
     """Cold reads of 1 MiB from a fresh file by `threads` threads, past the page cache if the file
-    system can: {direct, why, bytes_per_second}."""
+    system can; and the median of small reads one by one: {direct, why, bytes_per_second, latency_seconds}."""
     num_reads = max(num_bytes // READ_BYTES, threads)
     descriptor, path = tempfile.mkstemp(prefix=".comoe-doctor-", dir=folder)
     try:
@@ -142,6 +143,8 @@ def disk_bandwidth(folder: str | os.PathLike, num_bytes: int, threads: int = 4) 
             direct, why = False, f"the file system of {Path(folder).resolve()} refuses O_DIRECT"
             reader = os.open(path, os.O_RDONLY)
         try:
+            # Before all is read: a disk's own cache may hold it afterwards.
+            latency = _small_read_seconds(reader, num_reads)
             seconds = _read_all(reader, num_reads, threads)
         finally:
             os.close(reader)
@@ -152,7 +155,18 @@ def disk_bandwidth(folder: str | os.PathLike, num_bytes: int, threads: int = 4) 
         "direct": direct,
         "why": why,
         "bytes_per_second": num_reads * READ_BYTES / seconds,
+        "latency_seconds": latency,
     }
+
+
+def _small_read_seconds(descriptor: int, num_blocks: int, repeats: int = 33) -> float:
+    """Median seconds of one small read, each in another block."""
+    buffer, seconds = mmap.mmap(-1, SMALL_READ), []
+    for i in range(repeats):
+        begin = time.perf_counter()
+        os.preadv(descriptor, [buffer], i * 7 % num_blocks * READ_BYTES)
+        seconds.append(time.perf_counter() - begin)
+    return statistics.median(seconds)
 
 
 def _read_all(descriptor: int, num_reads: int, threads: int) -> float:

@@ -2,6 +2,8 @@
 
 rss and peak_rss include pages of files that are mapped in; they are what `ps` and a cgroup show. What
 the interpreter and its libraries take before any model is there is the *baseline*: see baseline.py.
+
+Imports nothing of comoe, so that everything may import it.
 """
 
 from __future__ import annotations

@@ -12,7 +12,10 @@ One npz file, `N` rows, `L` MoE layers, `K` experts per token. A row is one toke
     experts      int16 [N, L, K]    chosen experts; -1: none (dropped, or the layer did not see this token,
                                     as an encoder's layers do not see a decoder's tokens)
     weights      float32 [N, L, K]  gate weights; 0 where there is no expert
-    predicted    int16 [N, L, P]    optional: experts that were predicted for the layer, -1: none
+    predicted    int16 [N, L, P]    optional: experts that were predicted for the layer, -1: none. In
+                                    `depth` equal blocks: block d was predicted d + 1 layers before,
+                                    each with the most likely expert first
+    depth        int32              of `predicted`; 1 where it is not there
 """
 
 from __future__ import annotations
@@ -48,6 +51,7 @@ class Trace:
     experts: np.ndarray  # int16 [N, L, K]
     weights: np.ndarray  # float32 [N, L, K]
     predicted: np.ndarray | None = None  # int16 [N, L, P]
+    depth: int = 1  # blocks of `predicted`
 
     def __post_init__(self) -> None:
         if self.experts.ndim != 3:
@@ -69,6 +73,9 @@ class Trace:
             raise TraceError(
                 f"trace: predicted: expected [{n}, {num_layers}, P], got {self.predicted.shape}"
             )
+        if self.depth < 1 or (self.predicted is not None and self.predicted.shape[2] % self.depth):
+            width = None if self.predicted is None else self.predicted.shape[2]
+            raise TraceError(f"trace: depth: expected a divisor of P = {width}, got {self.depth}")
         if len(self.layers) != num_layers:
             raise TraceError(f"trace: layers: expected {num_layers} names, got {len(self.layers)}")
         for name in ("num_experts", "sequence", "position", "token", "experts", "predicted"):
@@ -136,6 +143,7 @@ class Trace:
         }
         if self.predicted is not None:
             arrays["predicted"] = self.predicted.astype(np.int16)
+            arrays["depth"] = np.int32(self.depth)
         try:
             with part.open("wb") as file:
                 np.savez_compressed(file, **arrays)
@@ -188,8 +196,12 @@ class Trace:
             raise TraceError(
                 f"{path}: format {arrays['format']} is not known; this comoe reads format {FORMAT}"
             )
+        depth = arrays.get("depth", np.int32(1))
+        if depth.size != 1 or not np.issubdtype(depth.dtype, np.integer):
+            raise TraceError(f"{path}: depth: expected one whole number, got {depth}")
         return cls(
             model=str(arrays["model"]),
+            depth=int(depth),
             layers=tuple(map(str, arrays["layers"])),
             predicted=arrays.get("predicted"),
             **{
@@ -206,8 +218,8 @@ class Recorder:
     again, or the number of rows changes (an encoder's and a decoder's tokens), new rows begin.
     """
 
-    def __init__(self, num_layers: int):
-        self.num_layers = num_layers
+    def __init__(self, num_layers: int, depth: int = 1):
+        self.num_layers, self.depth = num_layers, depth
         self._blocks: list[dict[str, Any]] = []
         self._last_layer = num_layers
         self._sequences = 0
@@ -237,6 +249,13 @@ class Recorder:
         block["weights"][layer_idx] = np.where(chosen, weights, 0).astype(np.float32)
         self._last_layer = layer_idx
 
+    def note_predicted(self, layer_idx: int, ahead: int, experts: np.ndarray) -> None:
+        """experts: int [T, K], -1 for none, predicted for `layer_idx` from `ahead` layers before it; called
+        after `note` of that earlier layer."""
+        if not 1 <= ahead <= self.depth:
+            raise TraceError(f"trace: ahead: expected 1 to {self.depth} layers, got {ahead}")
+        self._blocks[-1]["predicted"][layer_idx, ahead - 1] = experts.astype(np.int16)
+
     def _begin(self, rows: int) -> None:
         length = rows // self._batch
         if length * self._batch != rows:
@@ -249,6 +268,7 @@ class Recorder:
                 "rows": rows,
                 "experts": {},
                 "weights": {},
+                "predicted": {},
                 "sequence": sequence + self._sequences,
                 "position": start[sequence] + np.tile(np.arange(length), self._batch),
                 "token": self._tokens if known else np.full(rows, -1),
@@ -273,6 +293,7 @@ class Recorder:
                     layer_idx
                 ]
             row += block["rows"]
+        predicted = self._predicted(total)
 
         def joined(name: str) -> np.ndarray:
             return np.concatenate([block[name] for block in self._blocks]).astype(np.int32)
@@ -286,7 +307,23 @@ class Recorder:
             joined("token"),
             experts,
             weights,
+            predicted,
+            self.depth,
         )
+
+    def _predicted(self, total: int) -> np.ndarray | None:
+        """int16 [N, L, depth * K]"""
+        k = max((p.shape[1] for b in self._blocks for p in b["predicted"].values()), default=0)
+        if k == 0:
+            return None
+        predicted = np.full((total, self.num_layers, self.depth, k), -1, np.int16)
+        row = 0
+        for block in self._blocks:
+            rows = slice(row, row + block["rows"])
+            for (layer_idx, back), experts in block["predicted"].items():
+                predicted[rows, layer_idx, back, : experts.shape[1]] = experts
+            row += block["rows"]
+        return predicted.reshape(total, self.num_layers, self.depth * k)
 
 
 @contextmanager
@@ -310,8 +347,12 @@ def tapping(model: Any, note: Callable[[int, Any, Any, Any], None]) -> Iterator[
 
 
 @contextmanager
-def recording(model: Any) -> Iterator[Recorder]:
-    """Records the routing of a loaded model (one that has `model.comoe`) while the block runs."""
+def recording(model: Any, depth: int = 0) -> Iterator[Recorder]:
+    """Records the routing of a loaded model (one that has `model.comoe`) while the block runs.
+
+    depth: records also what the routers of the next `depth` layers would choose for each layer's hidden
+    state, where the model's predictor can tell.
+    """
     recorder: Recorder | None = None
 
     def note(layer_idx: int, hidden: Any, top_k_index: Any, top_k_weights: Any) -> None:
@@ -321,10 +362,22 @@ def recording(model: Any) -> Iterator[Recorder]:
             top_k_weights.detach().float().cpu().numpy(),
             specs[layer_idx].num_experts,
         )
+        for ahead in range(1, depth + 1):
+            chosen = predictor.choose(layer_idx, hidden, ahead)
+            if chosen is None:
+                break
+            experts, later = chosen.detach().cpu().numpy(), layer_idx + ahead
+            known = (experts >= 0) & (experts < specs[later].num_experts)
+            recorder.note_predicted(later, ahead, np.where(known, experts, -1))
 
     with tapping(model, note):
-        specs = model.comoe.specs
-        recorder = Recorder(len(specs))
+        specs, predictor = model.comoe.specs, getattr(model.comoe, "predictor", None)
+        if depth and not hasattr(predictor, "choose"):
+            raise TraceError(
+                "trace: depth: this model's routers are not understood, so nothing can be predicted; "
+                "record with depth 0"
+            )
+        recorder = Recorder(len(specs), max(depth, 1))
         yield recorder
 
 
@@ -333,13 +386,17 @@ def record_text(
     ids: list[int],
     window: int = 512,
     progress: Callable[[int, int], None] | None = None,
+    depth: int = 0,
 ) -> Recorder:
-    """Routing of a text, read in windows of which each is a sequence of its own."""
+    """Routing of a text, read in windows of which each is a sequence of its own; with predictions for up
+    to `depth` layers ahead."""
     if window < 1:
         raise ValueError(f"trace: window: expected at least 1, got {window}")
+    if depth < 0:
+        raise ValueError(f"trace: depth: expected 0 or more layers, got {depth}")
     import torch
 
-    with recording(model) as recorder, torch.inference_mode():
+    with recording(model, depth) as recorder, torch.inference_mode():
         for begin in range(0, len(ids), window):
             part = ids[begin : begin + window]
             recorder.new_sequences()

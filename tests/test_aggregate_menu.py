@@ -27,7 +27,7 @@ from comoe.aggregate.tuning import CHECKPOINTS, windows
 from comoe.cli import app
 from comoe.hf.attach import replaced
 from comoe.policy.curve import CurvePlanner
-from comoe.policy.plan import Plan
+from comoe.policy.plan import all_cached
 from comoe.store import AddedRecord, Store
 from comoe.store import format as fmt
 
@@ -120,8 +120,8 @@ def test_a_chosen_level_runs_as_reconstructed(packed, tmp_path, name, monkeypatc
     monkeypatch.setattr(
         CurvePlanner,
         "plan",
-        lambda self, sizes, pool_bytes, *, exact: Plan(
-            sizes.levels, self._curve.levels[0], self._curve.levels[0], True, 0, pool_bytes, 0.0
+        lambda self, sizes, pool_bytes, *, exact: all_cached(
+            sizes, self._curve.levels[0], pool_bytes
         ),
     )
     model = comoe.load(folder)

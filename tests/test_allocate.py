@@ -125,8 +125,13 @@ def test_losses_and_curve_are_in_order(aggregated):
     assert by_name["8"] < by_name["4"] < by_name["3"] < by_name["2"] < by_name["mean"]
     assert (np.diff(losses["curve_loss"]) <= 1e-9).all()
     assert (np.diff(losses["curve_bytes"]) >= 0).all()
+    refined = report.refined
+    assert len(refined["scale"]) == 2 and refined["before"].keys() == refined["after"].keys()
     assert len(report.predicted) == 3
     for row in report.predicted:
+        # What is kept is what measured better.
+        kl = refined["after" if refined["kept"] else "before"]
+        assert min(abs(row["measured"] - measured) for measured in kl.values()) < 1e-9
         assert 0 < row["measured"] < 20 * row["predicted"] + 1e-3
 
 

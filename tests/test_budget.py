@@ -4,6 +4,8 @@ import gc
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from transformers import DynamicCache, EncoderDecoderCache
 from transformers.models.gpt_oss.configuration_gpt_oss import GptOssConfig
 
@@ -11,6 +13,7 @@ from comoe.hf.kv_cache import bytes_of, positions
 from comoe.hf.sizes import _layer_kinds
 from comoe.policy.plan import BudgetError
 from comoe.runtime.budget import EXPERT_ROWS, Budget, ModelSizes, Step, tolerance
+from comoe.runtime.engine import HUGE_PAGE, pool_floor, slab_bytes
 
 SIZES = ModelSizes(
     dense=1_000_000,
@@ -52,6 +55,50 @@ def test_rows_of_experts_are_bounded():
     sizes = ModelSizes(dense=0, expert_rows_per_token=1_000_000)
     assert sizes.workspace(Step(1, 10)) == 10_000_000
     assert sizes.workspace(Step(4, 1000)) == EXPERT_ROWS
+
+
+PAGE = 4096
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    largest=st.integers(1, 3000).map(lambda pages: pages * PAGE),
+    experts=st.integers(1, 5000),
+    pool=st.floats(1, 5000),
+    less=st.floats(1, 10),
+)
+def test_whole_slabs_leave_room_for_the_largest_expert(largest, experts, pool, less):
+    """Whatever pool the size of slabs was chosen for, and whatever is left of it later."""
+    total = largest * experts
+    floor = pool_floor(largest, total, PAGE)
+    assert largest < floor <= max(largest * 9 // 8 + 2 * PAGE, largest + total // 64)
+    chosen_for = int(floor * pool)
+    slab = slab_bytes(min(chosen_for, total + floor), largest, floor, PAGE)
+    assert 0 < slab <= floor and slab % PAGE == 0
+    for later in (floor, int(floor * min(less, pool)), chosen_for):
+        assert later // slab * slab >= largest
+
+
+def test_slabs_are_whole_huge_pages_where_there_is_much_memory():
+    two_bits, exact = 1_228_800, 9_437_184  # of an expert of 2048 x 768
+    for largest in (two_bits, exact):
+        floor = pool_floor(largest, 100 * 48 * exact, 73728)
+        slab = slab_bytes(20 << 30, largest, floor, 73728)
+        assert slab >= 2 * HUGE_PAGE and slab % HUGE_PAGE < 73728
+
+
+@pytest.mark.parametrize(("memory", "named"), [(1000, "first"), (2_000_000, "first"), (10**9, "")])
+@pytest.mark.parametrize("kv_held", [0, 50_000_000, 500_000_000])
+def test_a_new_budget_below_two_leasts_is_told_the_larger(memory, named, kv_held):
+    budget = Budget(memory, 0, SIZES, pool_floor=1000, fixed=1000)
+    if not named:
+        return budget.require(max_context=100, kv_held=kv_held)
+    with pytest.raises(BudgetError) as error:
+        budget.require(max_context=100_000, kv_held=kv_held)
+    budget.memory = int(str(error.value).split("(")[1].split(" bytes")[0])
+    budget.require(max_context=100_000, kv_held=kv_held)
+    budget.planned_pool(max_context=100_000)
+    budget.check(Step(1, 1), kv_held)
 
 
 @pytest.mark.parametrize("kv_held", [0, 50_000_000, 5_000_000_000])

@@ -107,7 +107,8 @@ def test_aggregate_prints_what_was_chosen_and_measured(cli, calibrated, tmp_path
     for row in found["predicted"]:
         assert row["predicted"] >= 0 and row["measured"] >= -1e-6
         assert row["perplexity_exact"] == found["predicted"][0]["perplexity_exact"] > 1
-    assert {"layers", "curve", "validate"} <= set(found["seconds"])
+    assert {"layers", "curve", "refine", "validate"} <= set(found["seconds"])
+    assert len(found["refined"]["scale"]) == LAYERS
 
 
 def test_aggregate_calibrates_and_distils(cli, packed, texts, tmp_path):
@@ -137,7 +138,12 @@ def test_aggregate_shows_tables(cli, calibrated, tmp_path):
     shutil.copytree(calibrated[0], folder)
     status, out, err = cli("aggregate", folder, "--memory", "40MB", "--distil", 1)
     assert status == 0, err
-    for text in ("levels, coarsest first: ", "KL predicted", "distillation of 2c, 1 steps"):
+    for text in (
+        "levels, coarsest first: ",
+        "KL predicted",
+        "losses of layers at the whole choice",
+        "distillation of 2c, 1 steps",
+    ):
         assert text in out
 
 

@@ -101,3 +101,16 @@ def test_hooks_of_the_router_do_not_see_guesses():
         parent.gate.register_forward_hook(lambda *args: calls.append(1))
     NextGate(model, blocks, 3).predict(0, torch.randn(2, 64))
     assert calls == []
+
+
+def test_deeper_predictions_are_those_of_the_later_routers():
+    model = moe_families.build("switch_transformers")
+    near, far = (NextGate(model, discover(model), 1, depth) for depth in (1, 2))
+    hidden = torch.randn(1, 64, generator=torch.Generator().manual_seed(0))
+    layers = [[layer for layer, _ in far.predict(i, hidden)] for i in range(8)]
+    assert layers == [[1, 2], [2, 3], [3], [], [5, 6], [6, 7], [7], []]
+    (_, one), (_, two) = far.predict(0, hidden)
+    assert one.tolist() == near.predict(0, hidden)[0][1].tolist()
+    assert two.tolist() == near.predict(1, hidden)[0][1].tolist()
+    with pytest.raises(ValueError, match="depth: expected at least 1 layer, got 0"):
+        NextGate(model, discover(model), 1, depth=0)

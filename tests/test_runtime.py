@@ -130,6 +130,26 @@ def test_least_budget_is_what_the_error_says(load, packed_demo, ids):
             comoe.load(packed_demo, memory=least - 1, exact=exact)
 
 
+@pytest.mark.parametrize("exact", [False, True], ids=["rungs", "exact"])
+@pytest.mark.parametrize("loaded", ["17MB", "2GB"])
+def test_the_least_works_at_run_time_too(load, packed_demo, ids, exact, loaded):
+    """Down from much more, where slabs are larger and finer experts have been used, and up again."""
+    least = least_memory(packed_demo, exact=exact)
+    expected = generate(load(least, exact=exact, upgrade=False), ids)
+    model = load(loaded, exact=exact, upgrade=False)
+    full = generate(model, ids)
+    for memory in (least, least + 1, least + 20_000, least):
+        model.comoe.set_memory(memory)
+        assert torch.equal(generate(model, ids), expected)
+        assert sizes(model)["engine"]["mapped_bytes"] + sizes(model)["dense_bytes"] <= memory
+        plan = model.comoe.plan
+        with pytest.raises(BudgetError, match=f"at least .*{least} bytes"):
+            model.comoe.set_memory(least - 1)
+        assert model.comoe.plan is plan
+    model.comoe.set_memory(loaded)
+    assert torch.equal(generate(model, ids), full)
+
+
 def test_set_memory_down_and_up_while_generating(load, ids, plain):
     model = load("17MB", exact=True, dtype=torch.float32)
     expected = generate(plain, ids, 48)

@@ -232,3 +232,38 @@ def test_a_model_without_comoe_is_refused():
         recording(SimpleNamespace()),
     ):
         pass
+
+
+class FakeGates:
+    """Predicts the token's number plus how far ahead; knows nothing beyond two layers."""
+
+    def choose(self, layer_idx, hidden, ahead):
+        if layer_idx + ahead > 1:
+            return None
+        return torch.arange(len(hidden))[:, None] % 3 + torch.tensor([[0, ahead]])
+
+
+def test_predictions_are_recorded_by_token_layer_and_distance():
+    model = FakeModel()
+    model.comoe.predictor = FakeGates()
+    trace = trace_of(model, record_text(model, [5, 6, 7], window=3, depth=2), "fake")
+    assert (trace.depth, trace.predicted.shape) == (2, (3, 2, 4))
+    assert (trace.predicted[:, 0] == -1).all()
+    # From layer 0 about layer 1; 3 is no expert of the model.
+    assert trace.predicted[:, 1].tolist() == [[0, 1, -1, -1], [1, 2, -1, -1], [2, -1, -1, -1]]
+
+
+def test_predictions_need_routers_that_are_understood():
+    with pytest.raises(TraceError, match="record with depth 0"):
+        record_text(FakeModel(), [5, 6, 7], depth=1)
+    with pytest.raises(ValueError, match="depth: expected 0 or more"):
+        record_text(FakeModel(), [5, 6, 7], depth=-1)
+
+
+def test_depth_must_divide_what_was_predicted(tmp_path):
+    trace = dataclasses.replace(small(), predicted=np.full((4, 2, 4), -1, np.int16), depth=2)
+    trace.write(tmp_path / "t.npz")
+    assert Trace.read(tmp_path / "t.npz").depth == 2
+    for depth in (0, 3):
+        with pytest.raises(TraceError, match="depth: expected a divisor of P = 4"):
+            dataclasses.replace(trace, depth=depth)

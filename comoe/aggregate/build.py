@@ -44,6 +44,7 @@ from comoe.aggregate.candidates import (
 from comoe.aggregate.errors import AggregateError
 from comoe.aggregate.experts import ExpertWeights
 from comoe.aggregate.judge import Judge
+from comoe.aggregate.refine import refine
 from comoe.aggregate.spill import Spill
 from comoe.aggregate.statistics import LayerStatistics, super_experts
 from comoe.aggregate.trial import Trial, link_model
@@ -69,6 +70,7 @@ NESTED = (*(s for s in SOURCES if s not in (Rounded(3), Rounded(4))), Truncated(
 DISTILLED = 2  # bits of the set that distillation tunes: the coarsest, where it gains most
 CURVE = tuple(np.round(np.geomspace(0.02, 1.0, 48), 4).tolist())
 VALIDATED = (0.3, 0.2, 0.14)  # fractions at which the prediction is compared with a measurement
+ANCHOR = 0.14  # the one at whose choice layers are measured again (comoe/aggregate/refine.py)
 
 Progress = Callable[[str, int, int], None]  # stage, steps done, steps in all
 
@@ -81,7 +83,8 @@ class Report:
     calibration text, perplexity and that of the exact model.
     distilled: level, kept, before and after (KL of all experts at that level on the held-out text that chose,
     which measures nothing afterwards), steps and seconds; empty without distillation.  unused: levels that no point of the curve uses, which are
-    not in the store.
+    not in the store.  refined: kept, scale of each layer's losses, KL by fraction before and after
+    (comoe/aggregate/refine.py).
     """
 
     levels: tuple[str, ...] = ()
@@ -92,6 +95,7 @@ class Report:
     curve: list[dict[str, float]] = field(default_factory=list)
     distilled: dict[str, Any] = field(default_factory=dict)
     unused: list[str] = field(default_factory=list)
+    refined: dict[str, Any] = field(default_factory=dict)
 
 
 class Workshop:
@@ -205,6 +209,8 @@ def aggregate(
                     shop.close()
                     link_model(dst, partial)
                     with Trial(partial, judge, memory=memory) as trial:
+                        losses = _refined(trial, losses, partial, report, progress)
+                        clock.note(report, "refine")
                         _validate(trial, losses, report, progress)
                     clock.note(report, "validate")
                 _swap(dst, partial)
@@ -342,6 +348,30 @@ def _write_curve(partial: Path, losses: Losses, points: Sequence[Solution], repo
         {"fraction": float(nbytes[i] / losses.full_bytes), "loss": float(predicted[i])}
         for i in order
     ]
+
+
+def _refined(
+    trial: Trial, losses: Losses, partial: Path, report: Report, progress: Progress
+) -> Losses:
+    """The losses after a look at the whole choice, and their curve in the store, where they are better."""
+    runs = itertools.count(1)
+    most = int(losses.layer.max()) + 1 + 2 * len(VALIDATED)
+
+    def kl(choice: np.ndarray) -> float:
+        progress("refining", min(next(runs), most), most)
+        return trial.measure(choice).kl
+
+    losses, found = refine(losses, kl, anchor=ANCHOR, fractions=VALIDATED)
+    progress("refining", most, most)
+    report.refined = {
+        "kept": found.kept,
+        "scale": np.round(found.scale, 4).tolist(),
+        "before": {str(f): kl for f, kl in found.before.items()},
+        "after": {str(f): kl for f, kl in found.after.items()},
+    }
+    if found.kept:
+        _write_curve(partial, losses, [s for _, s in losses.curve(CURVE)], report)
+    return losses
 
 
 def _validate(trial: Trial, losses: Losses, report: Report, progress: Progress) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from comoe.aggregate.judge import Judge, Verdict
-from comoe.policy.plan import Plan, Sizes, require_room
+from comoe.policy.plan import Plan, Sizes, all_cached, require_room
 from comoe.store import format as fmt
 
 
@@ -22,12 +22,12 @@ class Chosen:
         return self._levels
 
     def plan(self, sizes: Sizes, pool_bytes: int, *, exact: bool) -> Plan:
-        total = sizes.total(self._levels)
+        levels, total = self._levels, sizes.total(self._levels)
         if total > pool_bytes:
-            require_room(sizes, self._levels, pool_bytes)
-        spare = pool_bytes - total if total <= pool_bytes else pool_bytes
-        resident = total <= pool_bytes
-        return Plan(sizes.levels, self._levels, self._levels, resident, spare, pool_bytes)
+            require_room(sizes, levels, pool_bytes)
+            return all_cached(sizes, levels, pool_bytes)
+        held, spare = levels.astype(np.int8), pool_bytes - total
+        return Plan(sizes.levels, held, levels, levels, spare, pool_bytes, sizes.chosen(held))
 
 
 class Trial:

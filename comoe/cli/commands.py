@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from comoe.cli import aggregation, tables
+from comoe.cli import aggregation, planning, tables
 from comoe.cli.common import bytes_bar, count_bar, output, quiet_transformers
 from comoe.config import CoMoEConfig, parse_bytes
 
@@ -33,6 +33,18 @@ Exact = Annotated[bool, typer.Option("--exact", help="Use only the original weig
 Threads = Annotated[
     int, typer.Option("--threads", help="Threads for computing; 0: as many as torch takes.")
 ]
+Quality = Annotated[
+    str | None,
+    typer.Option(
+        "--quality",
+        help="resident, high, balanced, fast, or nats per token to lose: what is not held finely enough is "
+        "then read when that pays. Default: nothing is waited for.",
+    ),
+]
+LatencyTarget = Annotated[
+    float | None,
+    typer.Option("--latency-target", metavar="MS", help="Milliseconds that a token may take."),
+]
 NoVerify = Annotated[
     bool,
     typer.Option(
@@ -51,6 +63,7 @@ def add_to(app: typer.Typer) -> None:
         run,
         evaluate,
         inspect,
+        planning.plan,
         trace,
         doctor,
     ):
@@ -77,13 +90,26 @@ def callback(
 
 
 def load(
-    path: str, memory: str | None, exact: bool, threads: int = 0, verify: bool = True
+    path: str,
+    memory: str | None,
+    exact: bool,
+    threads: int = 0,
+    verify: bool = True,
+    quality: str | None = None,
+    latency_target: float | None = None,
 ) -> tuple[Any, Any]:
     """The model and its tokenizer; says in one line (stderr) what was decided."""
     quiet_transformers()
     # Checked before torch is loaded: a misspelt size should not take seconds to be refused.
     budget = None if memory is None else parse_bytes(memory, "--memory")
-    CoMoEConfig.create(threads=threads)
+    options = {
+        "exact": exact,
+        "threads": threads,
+        "verify": verify,
+        "quality": quality,
+        "latency": None if latency_target is None else latency_target / 1e3,
+    }
+    CoMoEConfig.create(**options)
     import comoe
     from comoe.baseline import warm_up
 
@@ -93,7 +119,7 @@ def load(
         torch.set_num_threads(threads)
     warm_up()
     tokenizer = comoe.load_tokenizer(path)
-    model = comoe.load(path, memory=budget, exact=exact, threads=threads, verify=verify)
+    model = comoe.load(path, memory=budget, **options)
     print(f"comoe: {model.comoe.describe()}", file=sys.stderr)
     return model, tokenizer
 
@@ -172,6 +198,8 @@ def run(
     ],
     memory: Memory = None,
     exact: Exact = False,
+    quality: Quality = None,
+    latency_target: LatencyTarget = None,
     max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", help="Most new tokens.")] = 128,
     temperature: Annotated[
         float, typer.Option("--temperature", help="0: the likeliest token each time.")
@@ -184,10 +212,13 @@ def run(
     """Continue a text, keeping within a memory budget.
 
     Example:  comoe run ./qwen3-packed -p "The ladder has" --memory 4.7GB
+    Example:  comoe run ./qwen3-packed -p "The ladder has" --memory 3GB --quality high
     """
     text = sys.stdin.read() if prompt == "-" else prompt
     with output(as_json) as emit:
-        model, tokenizer = load(path, memory, exact, threads, not no_verify)
+        model, tokenizer = load(
+            path, memory, exact, threads, not no_verify, quality, latency_target
+        )
         from comoe.generate import generate_text
 
         def show(piece: str) -> None:
@@ -234,6 +265,7 @@ def evaluate(
     ],
     memory: Memory = None,
     exact: Exact = False,
+    quality: Quality = None,
     max_tokens: Annotated[
         int | None, typer.Option("--max-tokens", help="Use only the text's first tokens.")
     ] = None,
@@ -293,7 +325,9 @@ def evaluate(
 
         def load_for(use_exact: bool) -> Any:
             # The reference may have what is free: its memory is not reported.
-            return load(path, memory if use_exact == exact else None, use_exact, threads)[0]
+            if use_exact != exact:
+                return load(path, None, use_exact, threads)[0]
+            return load(path, memory, exact, threads, quality=quality)[0]
 
         with count_bar("evaluating") as update:
             result = measure(
@@ -351,6 +385,14 @@ def trace(
         int | None, typer.Option("--max-tokens", help="Use only the text's first tokens.")
     ] = None,
     window: Annotated[int, typer.Option("--window", help="Tokens per sequence.")] = 512,
+    depth: Annotated[
+        int,
+        typer.Option(
+            "--depth",
+            min=0,
+            help="Record too what the routers of this many next layers would choose (0: do not).",
+        ),
+    ] = 1,
     as_json: Json = False,
 ) -> None:
     """Record which experts a model chooses for a text, for replay (format: docs/trace.md).
@@ -367,7 +409,7 @@ def trace(
         model, tokenizer = load(path, memory, exact)
         ids, _ = encode(tokenizer, content, max_tokens)
         with count_bar("tracing") as update:
-            recorder = record_text(model, ids, window, progress=update)
+            recorder = record_text(model, ids, window, progress=update, depth=depth)
         recorded = trace_of(model, recorder, Path(path).name)
         model.comoe.close()
         recorded.write(out)

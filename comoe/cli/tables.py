@@ -198,6 +198,14 @@ def show_aggregation(summary: dict[str, Any]) -> None:
     if summary["super_experts"]:
         names = ", ".join(f"{e} of layer {layer}" for layer, e in summary["super_experts"])
         console.print(f"super experts, never below 8 bits: {names}", highlight=False)
+    if summary["refined"]:
+        found = summary["refined"]
+        verdict = "kept" if found["kept"] else "not kept, since their choices are no better"
+        scales = ", ".join(f"{scale:.2f}" for scale in found["scale"])
+        console.print(
+            f"losses of layers at the whole choice, over those alone: {scales} ({verdict})",
+            highlight=False,
+        )
     if summary["predicted"]:
         table = Table(title="held-out calibration text", title_justify="left")
         for name in ("bytes kept", "KL predicted", "KL measured", "perplexity", "exact"):

@@ -50,12 +50,14 @@ def start_runtime(
         config,
         model_sizes(model, k, intermediate),
         baseline=baseline,
+        experts_per_token=k,
         predictor=NextGate(model, blocks, k),
         on_close=close,
     )
     attach(blocks, runtime)
     model.comoe = runtime
     model.register_forward_pre_hook(_begin_step, with_kwargs=True)
+    model.register_forward_hook(_end_step, always_call=True)
     return runtime
 
 
@@ -79,3 +81,7 @@ def _begin_step(model: nn.Module, args: tuple, kwargs: dict) -> None:
         or (isinstance(mask, torch.Tensor) and (mask.dim() > 2 or not bool(mask.all())))
     )
     model.comoe.begin_step(Step(batch, tokens, logits, past, masked), bytes_of(cache))
+
+
+def _end_step(model: nn.Module, args: tuple, output: object) -> None:
+    model.comoe.end_step()

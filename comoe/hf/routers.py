@@ -160,11 +160,19 @@ def _router_gates(parent: nn.Module, block: MoEBlock) -> Iterator[RouterGate]:
 
 
 class NextGate:
-    """A comoe.policy.predictor.Predictor: layer i's hidden state through layer i + 1's router."""
+    """A comoe.policy.predictor.Predictor: layer i's hidden state through the routers of layers i + 1 to
+    i + depth."""
 
     def __init__(
-        self, model: nn.Module, blocks: Sequence[MoEBlock], experts_per_token: int
+        self,
+        model: nn.Module,
+        blocks: Sequence[MoEBlock],
+        experts_per_token: int,
+        depth: int = 1,
     ) -> None:
+        if depth < 1:
+            raise ValueError(f"NextGate: depth: expected at least 1 layer, got {depth}")
+        self.depth = depth
         self._num_experts = [block.spec.num_experts for block in blocks]
         self._gates: list[Gate | None] = []
         for before, block in itertools.pairwise(blocks):
@@ -176,20 +184,31 @@ class NextGate:
         self._gates.append(None)
 
     @torch.no_grad()
+    def choose(self, layer_idx: int, hidden: torch.Tensor, ahead: int = 1) -> torch.Tensor | None:
+        """hidden [T, H] -> experts [T, K] that the router of layer_idx + ahead chooses for it; None where
+        one on the way there is not understood or belongs to another stack."""
+        gates = self._gates[layer_idx : layer_idx + ahead]
+        if len(gates) < ahead or any(gate is None for gate in gates) or hidden.shape[0] == 0:
+            return None
+        return gates[-1].choose(hidden)
+
     def predict(self, layer_idx: int, hidden: torch.Tensor) -> list[tuple[int, np.ndarray]]:
-        """Likely experts of the next layer, most wanted first; [] where its router is not understood."""
-        gate = self._gates[layer_idx]
-        if gate is None or hidden.shape[0] == 0:
-            return []
-        chosen = gate.choose(hidden)
-        if hidden.shape[0] == 1:
-            experts = chosen[0]
-        else:
-            experts, counts = chosen.unique(return_counts=True)
-            experts = experts[counts.argsort(descending=True, stable=True)]
-        # Some routers name experts that do nothing, with numbers from E on.
-        experts = experts.cpu().numpy()
-        return [(layer_idx + 1, experts[experts < self._num_experts[layer_idx + 1]])]
+        """Likely experts of the next layers, nearest layer and most wanted first; [] where the next router
+        is not understood."""
+        ahead = []
+        for later in range(layer_idx + 1, layer_idx + 1 + self.depth):
+            chosen = self.choose(layer_idx, hidden, later - layer_idx)
+            if chosen is None:
+                break
+            if hidden.shape[0] == 1:
+                experts = chosen[0]
+            else:
+                experts, counts = chosen.unique(return_counts=True)
+                experts = experts[counts.argsort(descending=True, stable=True)]
+            # Some routers name experts that do nothing, with numbers from E on.
+            experts = experts.cpu().numpy()
+            ahead.append((later, experts[experts < self._num_experts[later]]))
+        return ahead
 
 
 def _stack(name: str) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from comoe.policy.plan import EvenPlanner, Plan, Sizes, require_room
+from comoe.policy.plan import EvenPlanner, Plan, Sizes, all_cached, require_room
 
 
 @dataclass(frozen=True)
@@ -40,18 +40,19 @@ class CurvePlanner:
             least = self._curve.levels[0]
             require_room(sizes, least, pool_bytes)
             loss = float(self._curve.loss[0])
-            return Plan(sizes.levels, least, least, False, pool_bytes, pool_bytes, loss)
+            return all_cached(sizes, least, pool_bytes, loss)
         point = int(fitting[-1])
         levels = self._curve.levels[point]
         finer = self._curve.levels[min(point + 1, len(totals) - 1)]
         return Plan(
             sizes.levels,
+            levels.astype(np.int8),
             levels,
             np.maximum(levels, finer),
-            True,
             int(pool_bytes - totals[point]),
             pool_bytes,
-            float(self._curve.loss[point]),
+            sizes.chosen(levels),
+            loss=float(self._curve.loss[point]),
         )
 
     def _bytes(self, sizes: Sizes) -> np.ndarray:

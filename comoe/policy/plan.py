@@ -2,7 +2,7 @@
 
 The planner here is the simple one: the highest level that fits for all experts alike, and what
 memory is left over goes to the experts used last. Anything with the same `plan` method can stand in
-for it (comoe/policy/curve.py).
+for it (comoe/policy/curve.py, comoe/policy/joint.py).
 """
 
 from __future__ import annotations
@@ -85,17 +85,35 @@ class Sizes:
         paged = np.where(self.records >= 0, self.record_bytes[self.records], 0)
         return np.where(self.has, paged @ self.needs.T.astype(np.int64), 0)
 
+    @cached_property
+    def step_bytes(self) -> np.ndarray:
+        """int64 [X, levels, levels]: what the second level needs beside the records of the first."""
+        added = self.needs[None] & ~self.needs[:, None]
+        paged = np.where(self.records >= 0, self.record_bytes[self.records], 0)
+        count = len(self.levels)
+        return (paged @ added.reshape(count * count, -1).T).reshape(-1, count, count)
+
     def of_layer(self, per_expert: np.ndarray) -> list[np.ndarray]:
         """An array [X, ...] cut into the layers' parts."""
         return np.split(per_expert, np.cumsum(self.num_experts)[:-1])
+
+    @cached_property
+    def shared(self) -> np.ndarray:
+        """bool [ids]: records that several experts have."""
+        ids = self.records[self.records >= 0]
+        return np.bincount(ids, minlength=len(self.record_bytes)) > 1
 
     def all_at(self, level: int) -> np.ndarray:
         """uint8 [X]: `level` for every expert."""
         return np.full(len(self.records), level, np.uint8)
 
+    def nothing(self) -> np.ndarray:
+        """int8 [X]: -1 for every expert."""
+        return np.full(len(self.records), -1, np.int8)
+
     def chosen(self, levels: np.ndarray) -> np.ndarray:
-        """bool [ids]: the records that experts need at levels [X]."""
-        ids = self.records[self.needs[levels]]
+        """bool [ids]: the records that experts need at levels [X]; at -1 none."""
+        ids = self.records[self.needs[levels] & (levels >= 0)[:, None]]
         chosen = np.zeros(len(self.record_bytes), bool)
         chosen[ids[ids >= 0]] = True
         return chosen
@@ -127,27 +145,42 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Plan:
-    """A level pair for each expert; `resident` says whether `min_level` fits for every expert.
+    """What every expert is held at, and what it is computed at.
 
-    min_level: uint8 [X], compute may start here.  want_level: and uses the best complete one up to this.
-    spare: bytes of the pool that upgrades above min_level, or a cache of experts, may use.
-    loss: nats per token expected at min_level, if it is known.
+    held: int8 [X], the level that is always in memory; -1: none.  base: bool [ids], the records that
+    always are: those of `held`, and shared ones that are held alone.  min_level: uint8 [X], what compute aims
+    at; what is missing then is read when the expert is used.  want_level: uint8 [X], and a finer level up
+    to this is used where it is complete.
+    pool_bytes: of the pool; spare: those that upgrades above min_level, or a cache of experts, may use.
+    price: nats that a second of waiting is worth; inf: nothing is worth waiting for (see misses.LeastCost).
+    loss: nats per token, seconds: per token, expected at min_level, if they are known.
     """
 
     levels: Levels
+    held: np.ndarray
     min_level: np.ndarray
     want_level: np.ndarray
-    resident: bool
     spare: int
     pool_bytes: int
+    base: np.ndarray
+    price: float = 0.0
     loss: float | None = None
+    seconds: float | None = None
+
+    @cached_property
+    def resident(self) -> bool:
+        """Nothing is ever waited for, once all is loaded."""
+        return bool((self.held >= self.min_level).all())
 
     def describe(self) -> str:
         least, most = self._names(self.min_level), self._names(self.want_level)
         if self.loss is not None and self.loss > 0:
             least += f" (expected loss {self.loss:.3g} nats per token)"
         if not self.resident:
-            return f"experts at {least}, the last used cached, the rest read from disk when needed"
+            held = f"{np.mean(self.held >= self.min_level):.0%} of the experts held"
+            if (self.held < 0).all():
+                held = "the last used cached"
+            return f"experts at {least}, {held}, the rest read from disk when needed"
         if np.array_equal(self.min_level, self.want_level):
             return f"every expert resident at {least}"
         return f"every expert resident at {least}, those used last up to {most}"
@@ -183,6 +216,15 @@ def require_room(sizes: Sizes, levels: np.ndarray, pool_bytes: int) -> None:
         )
 
 
+def all_cached(
+    sizes: Sizes, levels: np.ndarray, pool_bytes: int, loss: float | None = None
+) -> Plan:
+    """Nothing is held; experts are read at `levels` when they are used, and the last used stay."""
+    held = sizes.nothing()
+    base = sizes.chosen(held)
+    return Plan(sizes.levels, held, levels, levels, pool_bytes, pool_bytes, base, loss=loss)
+
+
 class EvenPlanner:
     """The highest level of packing's ladder at which all experts fit; `exact` allows only the original
     weights. Levels that aggregation added are not used: nothing says what they cost."""
@@ -201,5 +243,8 @@ class EvenPlanner:
                 want = finer if finer != sizes.levels.exact else level
                 spare = pool_bytes - sizes.total(level)
                 min_level, want_level = sizes.all_at(level), sizes.all_at(want)
-                return Plan(sizes.levels, min_level, want_level, True, spare, pool_bytes)
-        return Plan(sizes.levels, least, least, False, pool_bytes, pool_bytes)
+                held = min_level.astype(np.int8)
+                return Plan(
+                    sizes.levels, held, min_level, want_level, spare, pool_bytes, sizes.chosen(held)
+                )
+        return all_cached(sizes, least, pool_bytes)

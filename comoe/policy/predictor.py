@@ -8,15 +8,58 @@ import numpy as np
 
 
 class Predictor(Protocol):
+    """Told what happens by begin_token, note and new_sequence, which do nothing where they are not needed.
+
+    Order of the calls: begin_token, predict(-1), then for every layer note, predict, predict_next.
+    """
+
+    def new_sequence(self) -> None:
+        """The next tokens belong to another sequence."""
+
+    def begin_token(self, token: int) -> None:
+        """The id of the token that is about to run; -1: not known, or there are several."""
+
+    def note(self, layer_idx: int, experts: np.ndarray, weights: np.ndarray) -> None:
+        """The router has chosen. experts: int64 [n], each once.  weights: float [n], gate weights."""
+
     def predict(self, layer_idx: int, hidden: Any) -> list[tuple[int, np.ndarray]]:
-        """Seen from `layer_idx`, whose experts are about to run on `hidden` [T, H]: pairs (later
-        layer, int64 array of its likely experts), nearest layer first; empty if it cannot tell."""
+        """Seen from `layer_idx`, whose experts are about to run on `hidden` [T, H] (None in a replay), or
+        from before the first layer (-1): pairs (later layer, int64 array of its likely experts, most likely
+        first), nearest layer first; empty if it cannot tell."""
         ...
 
+    def predict_next(self, layer_idx: int) -> np.ndarray | None:
+        """After `layer_idx` ran: int64 array of what it will likely use at the next token, most likely
+        first; None if it cannot tell."""
+        return None
 
-class NoPredictor:
+
+class NoPredictor(Predictor):
     def predict(self, layer_idx: int, hidden: Any) -> list[tuple[int, np.ndarray]]:
         return []
+
+
+class RankChances:
+    """How likely a prediction is right, learnt from those before: by the layer it is about, by how far
+    ahead it was made, and by its rank among the experts predicted."""
+
+    def __init__(self, num_layers: int, smoothing: float = 0.02, prior: float = 0.5):
+        self._chances: dict[tuple[int, int], np.ndarray] = {}
+        self._num_layers, self._smoothing, self._prior = num_layers, smoothing, prior
+
+    def of(self, layer_idx: int, ahead: int, num_experts: int) -> np.ndarray:
+        """float [num_experts]: the chance of each rank."""
+        known = self._chances.get((layer_idx, ahead), np.empty(0))
+        if known.size < num_experts:
+            more = np.full(num_experts - known.size, self._prior)
+            known = self._chances[layer_idx, ahead] = np.concatenate([known, more])
+        return known[:num_experts]
+
+    def note(self, layer_idx: int, ahead: int, predicted: np.ndarray, used: np.ndarray) -> None:
+        """The layer used other experts, or the same."""
+        if predicted.size:
+            chances = self.of(layer_idx, ahead, predicted.size)
+            chances += self._smoothing * (np.isin(predicted, used) - chances)
 
 
 class PrefetchGauge:

@@ -121,14 +121,30 @@ class Budget:
             )
         return pool
 
+    def require(self, max_context: int, kv_held: int) -> None:
+        """BudgetError unless `memory` holds the model and, with `kv_held` bytes of KV cache, one more
+        token; the least that it names is enough for both."""
+        if self._least_for(Step(1, 1), kv_held) > self.least(max_context):
+            self.check(Step(1, 1), kv_held)
+        else:
+            self.planned_pool(max_context)
+
+    def _needed(self, step: Step, kv_held: int) -> int:
+        workspace = self.sizes.workspace(step)
+        return self.sizes.dense + self.fixed + self.pool_floor + kv_held + workspace
+
+    def _least_for(self, step: Step, kv_held: int) -> int:
+        """Bytes of `memory` with which `step` keeps the promise."""
+        needed = self._needed(step, kv_held)
+        return min(needed - TOLERANCE_BYTES, int(needed / (1 + TOLERANCE_SHARE)) + 1)
+
     def check(self, step: Step, kv_held: int) -> None:
         """Raises BudgetError if `step`, with `kv_held` bytes of KV cache before it, cannot be kept
         within the promise even with the least pool."""
         workspace = self.sizes.workspace(step)
-        needed = self.sizes.dense + self.fixed + self.pool_floor + kv_held + workspace
-        if needed <= self.memory + tolerance(self.memory):
+        if self._needed(step, kv_held) <= self.memory + tolerance(self.memory):
             return
-        least = min(needed - TOLERANCE_BYTES, int(needed / (1 + TOLERANCE_SHARE)) + 1)
+        least = self._least_for(step, kv_held)
         raise BudgetError(
             f"memory={format_bytes(self.memory)} is too small for a forward pass over {step.batch} x "
             f"{step.tokens} tokens after {step.past}: it needs at least {format_bytes(least)} ({least} "

@@ -67,7 +67,7 @@ def store_sizes(store: Store, table: RecordTable) -> Sizes:
     return Sizes(store.levels, np.concatenate(table.ids), paged, num_experts)
 
 
-def slab_bytes(pool_bytes: int, floor: int, page_bytes: int) -> int:
+def _wanted_slab(pool_bytes: int, floor: int, page_bytes: int) -> int:
     """A whole number of pages: room for one expert or 4 MiB, but at most about pool / 64. Slabs of a
     huge page or more hold whole ones, since each starts on one."""
     wanted = min(pool_bytes // SLAB_SHARE, max(floor, LEAST_SLAB))
@@ -76,10 +76,28 @@ def slab_bytes(pool_bytes: int, floor: int, page_bytes: int) -> int:
     return max(1, wanted // page_bytes) * page_bytes
 
 
-def pool_floor(largest_need: int, page_bytes: int) -> int:
-    """The least pool that can compute: room for the largest expert, and an eighth more because memory
-    comes in slabs."""
-    return -(-largest_need * 9 // (8 * page_bytes)) * page_bytes + page_bytes
+def _in_whole(nbytes: int, slab: int) -> int:
+    return -(-nbytes // slab) * slab
+
+
+def slab_bytes(pool_bytes: int, largest_need: int, floor: int, page_bytes: int) -> int:
+    """Bytes of a slab for a pool of `pool_bytes`, whole pages. At most so many that the largest expert, in
+    whole slabs, never takes more than `floor`: the pool may become as small as that later."""
+    slab = _wanted_slab(pool_bytes, floor, page_bytes)
+    while _in_whole(largest_need, slab) > floor:
+        slab -= page_bytes
+    return slab
+
+
+def pool_floor(largest_need: int, total: int, page_bytes: int) -> int:
+    """The least pool that can compute: room for the largest expert, and what memory in whole slabs costs.
+
+    total: bytes of all experts in full. The floor does not depend on how much memory there is, so that
+    a model which was loaded with much can shrink to it: it has room for slabs as large as for the largest
+    pool of use, which are at most total / 64 and 4 MiB where they are larger than an expert.
+    """
+    floor = -(-largest_need * 9 // (8 * page_bytes)) * page_bytes + page_bytes
+    return max(floor, _in_whole(largest_need, _wanted_slab(total, floor, page_bytes)))
 
 
 def open_engine(

@@ -10,9 +10,17 @@ import torch
 
 from comoe import _C, memory
 from comoe.config import CoMoEConfig, format_bytes, parse_bytes
+from comoe.policy.assumed import assumed_losses
+from comoe.policy.cache import CachePolicy
+from comoe.policy.controller import Controller
 from comoe.policy.curve import Curve, CurvePlanner
-from comoe.policy.plan import EvenPlanner, Plan, Planner
+from comoe.policy.goal import parse_quality
+from comoe.policy.joint import GoalError, JointPlanner, Situation
+from comoe.policy.misses import MissRule
+from comoe.policy.next_use import NextUse
+from comoe.policy.plan import EvenPlanner, Plan, Planner, Sizes
 from comoe.policy.predictor import NoPredictor, Predictor, PrefetchGauge
+from comoe.policy.snapshot import Snapshot
 from comoe.policy.upgrades import RecentUse, UpgradePolicy
 from comoe.runtime.budget import EXPERT_ROWS, LONG_STEP, Budget, ModelSizes, Step
 from comoe.runtime.engine import (
@@ -25,7 +33,11 @@ from comoe.runtime.engine import (
     slab_bytes,
     store_sizes,
 )
+from comoe.runtime.kept import Kept
+from comoe.runtime.live import Live
+from comoe.runtime.missing import MissHandler
 from comoe.runtime.prefill import forward_unpacked
+from comoe.runtime.reader_core import ReaderCore
 from comoe.runtime.spec import ExpertsSpec
 from comoe.store import Store
 from comoe_kernels.expert_ffn import prefill_rows
@@ -37,11 +49,23 @@ ABSENT, RESIDENT = 0, 2  # states of a record
 SCRATCH_BYTES = 1_000_000  # of the kernels; disk reads go straight into the pool's pages
 RECORD_BYTES = 400  # the engine's tables, per record
 UPGRADE_EVERY = 8  # steps between choices of experts that climb
+FOLLOW_EVERY = 64  # steps between plans for what the text uses
+KEPT_FREE = 0.01  # share of the machine's memory that is left to others
 CALM_STEPS = 8  # steps without pressure before the pool takes back what it lent
 
 
-def planner_of(store: Store) -> Planner:
-    """By the measured curve of an aggregated store; else all experts alike."""
+def joint_planner(store: Store, sizes: Sizes, experts_per_token: int) -> JointPlanner:
+    """With measured losses if the store was aggregated, else with what its rungs usually cost."""
+    losses = store.losses()
+    if losses is None:
+        return JointPlanner(*assumed_losses(sizes, experts_per_token))
+    return JointPlanner(losses["loss"], losses["use"], losses["floor"])
+
+
+def planner_of(store: Store, sizes: Sizes, config: CoMoEConfig, experts_per_token: int) -> Planner:
+    """For a goal the joint planner; else by the measured curve of an aggregated store, or all alike."""
+    if config.quality is not None or config.latency is not None:
+        return joint_planner(store, sizes, experts_per_token)
     losses = store.losses()
     if losses is None:
         return EvenPlanner()
@@ -51,7 +75,7 @@ def planner_of(store: Store) -> Planner:
 class Runtime:
     """The experts of one model: computes them, and keeps what they need within the budget.
 
-    `predictor`, `planner` and `upgrades` are the seams for better policies.
+    `predictor`, `planner`, `upgrades` and `cache` are the seams for better policies.
     """
 
     def __init__(
@@ -62,16 +86,24 @@ class Runtime:
         sizes: ModelSizes,
         *,
         baseline: int,
+        experts_per_token: int = 2,
         predictor: Predictor | None = None,
         planner: Planner | None = None,
         upgrades: UpgradePolicy | None = None,
+        cache: CachePolicy | None = None,
         on_close: Callable[[], None] | None = None,
     ):
         self.store, self.specs, self.config = store, specs, config
         self.predictor = predictor or NoPredictor()
-        self.planner = planner or planner_of(store)
         self.upgrades = upgrades or RecentUse([spec.num_experts for spec in specs])
         self.gauge = PrefetchGauge()
+        self._rule: MissRule | None = None
+        self._experts_per_token = experts_per_token
+        self._rising: np.ndarray | None = (
+            None  # levels in force while a better plan is being loaded
+        )
+        self._snapshot: Snapshot | None = None
+        self._reader_core = ReaderCore()
         self._on_close = on_close
         self._lock = threading.RLock()  # one step, or one change of budget, at a time
         self._closed = False
@@ -88,14 +120,21 @@ class Runtime:
 
         table = RecordTable(store)
         self.store_sizes = store_sizes(store, table)
+        self.planner = planner or planner_of(store, self.store_sizes, config, experts_per_token)
+        self.live = Live(self.store_sizes, specs, sizes.dense)
         least = self.planner.least(self.store_sizes, exact=config.exact)
-        floor = pool_floor(self.store_sizes.largest(least), store.page_bytes)
+        largest = self.store_sizes.largest(least)
+        in_full = self.store_sizes.total(store.levels.exact)
+        floor = pool_floor(largest, in_full, store.page_bytes)
         total = memory.available() if config.memory is None else config.memory
         fixed = SCRATCH_BYTES + RECORD_BYTES * sum(layer.records.size for layer in store.layers)
         self.budget = Budget(total, baseline, sizes, floor, fixed)
         planned = self.budget.planned_pool(config.max_context)
-        self._slab_bytes = slab_bytes(planned, floor, store.page_bytes)
-        self.plan = self._make_plan()
+        self._slab_bytes = slab_bytes(
+            min(planned, in_full + floor), largest, floor, store.page_bytes
+        )
+        self.controller = self._controller()
+        self.plan = self.controller.plan
         self.engine, first = open_engine(
             store,
             table,
@@ -106,6 +145,8 @@ class Runtime:
             verify=config.verify,
         )
         self.records = Records(store, table)
+        self.missing = MissHandler(self.engine, self.store_sizes)
+        self.kept = Kept(self.engine, cache or NextUse(self.store_sizes.num_experts), table.ids)
         self._op = _C.MoeOp(self.engine, list(store.levels.masks))
         for layer_idx, (spec, layer) in enumerate(zip(specs, store.layers, strict=True)):
             activation = spec.activation or "silu"
@@ -114,7 +155,9 @@ class Runtime:
         self._used = [np.zeros(spec.num_experts, np.uint8) for spec in specs]
         self._kernel_levels = kernel_levels(store.levels)
         self._uses, self._bits_used = 0, 0.0
-        self._predicted: dict[int, np.ndarray] = {}
+        self._predicted: dict[
+            int, tuple[int, np.ndarray]
+        ] = {}  # by layer: seen from where, experts
         self._install(self.plan)
 
     # ---- computing ------------------------------------------------------------------------------
@@ -152,6 +195,7 @@ class Runtime:
             hidden = hidden.contiguous()
         index = top_k_index.to(torch.int64).contiguous()
         ahead = self._predict(layer_idx, hidden)
+        index = self._face_misses(layer_idx, index, top_k_weights)
         used = np.zeros(spec.num_experts, np.uint8)
         rows = tokens * k / min(spec.num_experts, max(tokens * k, 1))
         part = max(EXPERT_ROWS // (4 * k * (spec.hidden + spec.intermediate)), 1)
@@ -183,13 +227,31 @@ class Runtime:
         self._note_used(layer_idx, used)
         return out
 
+    def _face_misses(
+        self, layer_idx: int, index: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        """The indices to compute, once the rule has decided what not to wait for."""
+        if not self._follows:
+            return index
+        gates = weights.detach().to(torch.float32).numpy()
+        self.live.profile.note(layer_idx, index.numpy(), gates)
+        if self._rule is None:
+            return index
+        low, want = self._min_level[layer_idx], self._want_level[layer_idx]
+        decided = self.missing.decide(self._rule, layer_idx, index.numpy(), gates, low, want)
+        if decided is not None:
+            index, low = torch.from_numpy(decided[0]), decided[1]
+        self._op.set_levels(layer_idx, low, want)
+        return index
+
     def _predict(self, layer_idx: int, hidden: torch.Tensor) -> np.ndarray:
         """Records to read ahead while this layer computes: int32, most wanted first."""
         if self.plan.resident or not self.gauge.useful:
             return np.empty(0, np.int32)
         ahead = []
         for later, experts in self.predictor.predict(layer_idx, hidden):
-            self._predicted[later] = experts
+            self._predicted[later] = (layer_idx, experts)
+            self.kept.predicted(later, later - layer_idx, experts)
             ahead.append(self.records.of(later, experts, self._min_level[later][experts]))
         return np.concatenate(ahead) if ahead else np.empty(0, np.int32)
 
@@ -200,7 +262,16 @@ class Runtime:
         self._bits_used += self.records.bits(layer_idx, experts, used[experts] - 1).sum()
         predicted = self._predicted.pop(layer_idx, None)
         if predicted is not None:
-            self.gauge.note(predicted, experts)
+            since, guess = predicted
+            self.gauge.note(guess, experts)
+            self.kept.judge(layer_idx, layer_idx - since, guess, experts)
+        if not self.plan.resident:
+            self.kept.note(layer_idx, experts, used[experts].astype(np.int64) - 1)
+
+    @property
+    def _follows(self) -> bool:
+        """Whether plans are made for the text at hand."""
+        return isinstance(self.planner, JointPlanner)
 
     # ---- budget ---------------------------------------------------------------------------------
 
@@ -219,6 +290,8 @@ class Runtime:
             long = step.tokens > 1 and workspace >= LONG_STEP
             self._per_layer = workspace - self.budget.sizes.new_kv(step) if long else 0
             engine = self.engine.stats()
+            self.live.note_step(step.tokens, self._used, engine)
+            self._observe()
             self._govern(workspace, engine)
             self._keep_freed(not (long and self._lent()))
             self.gauge.note_step(
@@ -231,6 +304,15 @@ class Runtime:
                 self._upgrade()
             for used in self._used:
                 used[:] = 0
+            if self._rising is not None and self._has(self._base):
+                self._rising = None
+                self._set_levels()
+            if not self.plan.resident:
+                self._reader_core.begin(step.batch * step.tokens, engine["wait_seconds"])
+
+    def end_step(self) -> None:
+        """Called after every forward pass, also one that failed."""
+        self._reader_core.end()
 
     def set_memory(self, size: str | int) -> str:
         """Changes the budget of a running model; returns the new plan in one line.
@@ -241,34 +323,92 @@ class Runtime:
             before = self.budget.memory
             self.budget.memory = parse_bytes(size)
             try:
-                plan = self._make_plan()
-                self.budget.check(Step(1, 1), self._kv_held())
+                self.budget.require(self.config.max_context, self._kv_held())
+                self.controller.set_memory(self._budget_pool())
             except ValueError:
                 self.budget.memory = before
                 raise
-            self._install(plan)
+            self._install(self.controller.plan)
             self._govern(0, self.engine.stats(), within=True)
             return self.describe()
 
-    def _make_plan(self, pool_bytes: int | None = None) -> Plan:
-        """What the pool can hold; `pool_bytes`: less than planned, because others need memory."""
-        if pool_bytes is None:
-            pool_bytes = self.budget.planned_pool(self.config.max_context)
+    def set_quality(self, quality: str | float | None) -> str:
+        """Changes what may be lost: "high", "balanced", "fast", nats per token, or None: nothing is waited
+        for. Returns the new plan in one line; raises GoalError, and changes nothing, if it cannot be met."""
+        return self._set_goal(lambda: self.controller.set_quality(parse_quality(quality)))
+
+    def set_latency_target(self, seconds: float | None) -> str:
+        """Changes how long a token should take at most; None: no target. As set_quality."""
+        return self._set_goal(lambda: self.controller.set_latency_target(seconds))
+
+    def _set_goal(self, change: Callable[[], object]) -> str:
+        if self.config.exact:
+            raise ValueError(
+                "exact weights are always waited for, so quality and latency cannot be chosen; load the "
+                "model without exact"
+            )
+        with self._lock:
+            if not isinstance(self.planner, JointPlanner):
+                self.planner = joint_planner(self.store, self.store_sizes, self._experts_per_token)
+                self.controller = self._controller()
+            change()
+            self._install(self.controller.plan)
+            return self.describe()
+
+    def _controller(self) -> Controller:
+        joint = isinstance(self.planner, JointPlanner)
+        if joint:
+            self.planner.situation = Situation(self.config.goal(), self.live.costs())
+        return Controller(
+            self.planner,
+            self.store_sizes,
+            self._budget_pool(),
+            exact=self.config.exact,
+            costs=self.live.costs if joint else None,
+            goal=self.config.goal() if joint else None,
+            reserve=int(KEPT_FREE * memory.total()),
+            grain=self._slab_bytes,
+        )
+
+    def _budget_pool(self) -> int:
+        """Bytes of pool that the budget allows, in whole slabs."""
+        pool_bytes = self.budget.planned_pool(self.config.max_context)
         # More than all experts in full, and room to move, is never of use.
         most = (
             self.store_sizes.total(self.store.levels.exact)
             + self.budget.pool_floor
             + self._slab_bytes
         )
-        slabs = min(pool_bytes, most) // self._slab_bytes
-        return self.planner.plan(
-            self.store_sizes, slabs * self._slab_bytes, exact=self.config.exact
-        )
+        return min(pool_bytes, most) // self._slab_bytes * self._slab_bytes
+
+    def _plan_for(self, pool_bytes: int) -> Plan:
+        """The controller's plan, or with less memory for a while what comes nearest to its goal."""
+        pool_bytes = pool_bytes // self._slab_bytes * self._slab_bytes
+        if pool_bytes >= self.controller.plan.pool_bytes:
+            return self.controller.plan
+        try:
+            return self.planner.plan(self.store_sizes, pool_bytes, exact=self.config.exact)
+        except GoalError as error:
+            return error.nearest
+
+    def _observe(self) -> None:
+        """Follows what the monitor sees, and the text."""
+        snapshot = self.live.monitor.poll()
+        decision = None
+        if snapshot is not self._snapshot:
+            self._snapshot = snapshot
+            decision = self.controller.observe(snapshot, self.engine.stats()["mapped_bytes"])
+        if self._follows and self._step % FOLLOW_EVERY == 0 and self.live.profile.seen:
+            decision = self.controller.follow(self.live.profile.use()) or decision
+        if decision is not None:
+            lent = decision.before is not None and self.plan.pool_bytes < decision.before.pool_bytes
+            most = self.plan.pool_bytes if lent else decision.after.pool_bytes
+            self._install(self._plan_for(min(most, decision.after.pool_bytes)))
 
     def _govern(self, coming: int, stats: dict, *, within: bool = False) -> None:
         """Lends pool memory to the rest of the process, of which `coming` bytes are about to be taken,
         and takes it back once some passes were calm (not `within` one)."""
-        planned = self._make_plan().pool_bytes
+        planned = self.controller.plan.pool_bytes
         allowed = self._allowed_pool(coming, stats)
         if allowed < self.plan.pool_bytes or (self._lent() and self._step % CALM_STEPS == 0):
             memory.give_back_free()
@@ -279,12 +419,12 @@ class Runtime:
             self._calm = 0
             # Room for the next steps as well, since each change stops what is read ahead.
             target = max(target - LONG_STEP, least)
-            self._install(self._make_plan(target))
+            self._install(self._plan_for(target))
         elif target > self.plan.pool_bytes and not within:
             self._calm += 1
             if self._calm >= CALM_STEPS:
                 self._calm = 0
-                self._install(self._make_plan(target))
+                self._install(self._plan_for(target))
 
     def _least_pool(self) -> int:
         """Bytes of pool, in whole slabs, that the present plan can work with."""
@@ -292,7 +432,7 @@ class Runtime:
         return max(slabs * self._slab_bytes, self.engine.minimum_budget())
 
     def _lent(self) -> bool:
-        return self.plan.pool_bytes < self._make_plan().pool_bytes
+        return self.plan.pool_bytes < self.controller.plan.pool_bytes
 
     def _keep_freed(self, keep: bool) -> None:
         if keep != self._keeps_freed:
@@ -304,29 +444,54 @@ class Runtime:
 
     def _install(self, plan: Plan) -> None:
         """Makes `plan` true: levels at once, then memory given back or taken, then what to load."""
-        self.plan = plan
+        before, self.plan = self.plan, plan
         self._min_level = self.store_sizes.of_layer(plan.min_level)
         self._want_level = self.store_sizes.of_layer(plan.want_level)
-        # A pass may be under way in another thread: it must never see a list that is not complete.
-        prefill = []
-        for layer_idx, low in enumerate(self._min_level):
-            self._op.set_levels(layer_idx, low, self._want_level[layer_idx])
-            most = int(np.bincount(self._kernel_levels[low]).argmax())
-            prefill.append(prefill_rows(most))
-        self._prefill_rows = prefill
-        base = kept = self.store_sizes.chosen(plan.min_level)
+        # Experts that rise are computed as before until all has come: nothing waits for an upgrade.
+        rises = plan.resident and before is not plan and before.resident
+        self._rising = np.minimum(before.min_level, plan.min_level) if rises else None
+        self._set_levels()
+        base = plan.base
+        aimed = kept = base | self.store_sizes.chosen(plan.min_level)
         # What is above the plan stays only while nothing of the plan is missing: it could stand in the
         # way, since speculation spares what has just come.
-        if plan.resident and (self.engine.resident()[base] == RESIDENT).all():
-            kept = base | self.store_sizes.chosen(plan.want_level)
+        if plan.resident and self._has(base):
+            kept = aimed | self.store_sizes.chosen(plan.want_level)
         for kind in (PREFETCH, UPGRADE):
             self.engine.cancel(kind)
         self.engine.evict(np.flatnonzero(~kept).astype(np.int32))
-        everything = np.arange(self.records.count, dtype=np.int32)
-        self.engine.set_value(everything, base.astype(np.float32))
+        self._set_values(base)
         self._base = base
+        self.engine.forget_largest_need()
         self.engine.set_budget(plan.pool_bytes)
+        # Then, until the cache knows better, whatever fits of what the plan aims at.
         self.engine.request(self.records.in_order(base), UPGRADE)
+        self.engine.request(self.records.in_order(aimed & ~base), UPGRADE)
+        self._rule = None
+        if isinstance(self.planner, JointPlanner):
+            self._rule = self.live.rule(plan, self.planner.loss, self.planner.use)
+
+    def _set_values(self, base: np.ndarray) -> None:
+        """Where all is held, what is above the plan gets its value from `upgrades`; else from the cache."""
+        if self.plan.resident:
+            everything = np.arange(self.records.count, dtype=np.int32)
+            self.engine.set_value(everything, base.astype(np.float32))
+        else:
+            self.kept.hold(base)
+
+    def _set_levels(self) -> None:
+        rising = None if self._rising is None else self.store_sizes.of_layer(self._rising)
+        rows = []
+        for layer_idx, low in enumerate(self._min_level):
+            least = low if rising is None else rising[layer_idx]
+            self._op.set_levels(layer_idx, least, self._want_level[layer_idx])
+            most = int(np.bincount(self._kernel_levels[low]).argmax())
+            rows.append(prefill_rows(most))
+        self._prefill_rows = rows  # at once: a pass may be running
+
+    def _has(self, records: np.ndarray) -> bool:
+        """Whether all records where bool [ids] is true are resident."""
+        return bool((self.engine.resident()[records] == RESIDENT).all())
 
     def _upgrade(self) -> None:
         """Values the records above the plan's levels by use, and asks for those of the best experts:

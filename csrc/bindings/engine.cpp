@@ -116,7 +116,9 @@ static py::dict stats_dict(const EngineStats& s) {
   d["bytes_from_disk"] = s.backend.bytes_from_disk;
   d["buffered_reads"] = s.backend.buffered_reads;
   d["retries"] = s.backend.retries;
+  d["busy_seconds"] = s.backend.busy_seconds;
   d["io"] = s.backend.io;
+  d["waits"] = s.waits;
   d["wait_seconds"] = s.wait_seconds;
   d["page_bytes"] = s.page_bytes;
   d["budget_bytes"] = s.budget_bytes;
@@ -259,6 +261,9 @@ void bind_engine(py::module_& m) {
            py::call_guard<py::gil_scoped_release>(),
            "Returns when the memory is back with the system; raises with the reason if it is not "
            "in time.")
+      .def("forget_largest_need", &Engine::forget_largest_need,
+           py::call_guard<py::gil_scoped_release>(),
+           "Says that lower levels are asked for from now on, which need less room.")
       .def(
           "minimum_budget",
           [](const Engine& engine, std::optional<int> level) {

@@ -8,6 +8,7 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "kernels.h"
@@ -100,7 +101,13 @@ struct Position {
       for (int p = 0; p < num_planes; ++p)
         for (int64_t bytes = n * block_bytes[p]; bytes > 0;) {
           const int64_t piece = std::min(bytes, planes[p].left());
-          if (out) out->push_back({planes[p].get(), planes[p].get() + piece});
+          // Field by field: a pair made of two pointers and copied as one vector would wait for
+          // both stores (1% of the time of small experts).
+          if (out) {
+            out->emplace_back();
+            out->back().begin = planes[p].get();
+            out->back().end = planes[p].get() + piece;
+          }
           planes[p].advance(piece);
           bytes -= piece;
         }
@@ -252,10 +259,48 @@ thread_local LadderViews ladder_views;
 constexpr int kChunkRows = 64;
 // Row tiles of the down projection per work item, at most.
 constexpr int64_t kDownTiles = 16;
+// Tokens per work item that prepares rows of x. A row takes less than a microsecond: a few are not
+// worth sharing out.
+constexpr int64_t kTokens = 8;
+
+// In the order in which an expert's items depend on each other: an item needs all of the phases
+// before its own of its task, and all of `prepare`.
+enum class Phase : uint8_t { prepare, shrink_x, gate_up, shrink_a, down };
+constexpr int kPhases = 5;
 
 struct Item {
-  int32_t task, piece;
-  int32_t shrink = 0;  // index
+  Phase phase;
+  int32_t task, piece;  // prepare: first row; down: first row tile; else group of 128 rows
+  int32_t detail = 0;   // shrinks: index; down: number of row tiles
+};
+
+// How many items of each phase of each task are left, so that the threads need not meet between the
+// phases: the one that ended first idled for half an item, with nothing being read.
+class Progress {
+ public:
+  explicit Progress(int num_tasks) : left_(new std::atomic<int32_t>[1 + num_tasks * kPhases]()) {}
+  void add(const Item& item) { of(item)->fetch_add(1, std::memory_order_relaxed); }
+  void done(const Item& item) { of(item)->fetch_sub(1, std::memory_order_release); }
+  // Cannot wait for ever where items are claimed in the order of their phases: the first one that
+  // is not done waits for nothing, and its thread has nothing else to do first.
+  void wait(const Item& item) const {
+    if (item.phase == Phase::prepare) return;
+    wait_for_zero(left_[0]);
+    for (int p = 1; p < static_cast<int>(item.phase); ++p)
+      wait_for_zero(left_[1 + item.task * kPhases + p]);
+  }
+
+ private:
+  std::atomic<int32_t>* of(const Item& item) {
+    const int p = static_cast<int>(item.phase);
+    return &left_[p == 0 ? 0 : 1 + item.task * kPhases + p];
+  }
+  static void wait_for_zero(const std::atomic<int32_t>& left) {
+    for (int i = 0; left.load(std::memory_order_acquire) != 0; ++i)
+      i < kSpins ? pause_cpu() : std::this_thread::yield();
+  }
+  static constexpr int kSpins = 256;  // a few microseconds; then its thread may be off its core
+  std::unique_ptr<std::atomic<int32_t>[]> left_;
 };
 
 // Most products that add up to the rows of one matrix: one per record, at most.
@@ -309,8 +354,9 @@ struct Call {
   std::vector<Expert> experts;                // [task]
   std::vector<Term> terms;                    // of all of them: one allocation, not three a task
   std::vector<Shrink> shrinks;
-  uint8_t* scratch = nullptr;  // prepared rows of tasks
-  int64_t down_tiles = 1;      // row tiles of down per item
+  std::vector<int32_t> tokens;  // the reverse
+  bool used[kForms] = {};       // forms of x that some task needs
+  uint8_t* scratch = nullptr;   // prepared rows of tasks
 
   Form form(const MatrixView& view) const {
     return row_form(view.level, view.exact_dtype, x_dtype, kernels.bf16_dot);
@@ -427,13 +473,27 @@ struct Call {
   }
 
   // The first weights that an item reads, for the item before it to fetch.
-  std::optional<MatrixWalk> head(int m, const Item* item, int64_t tiles) const {
-    if (item == nullptr || !experts[item->task].has(m)) return std::nullopt;
-    return MatrixWalk(terms[experts[item->task].first[m]].view, item->piece * tiles);
+  std::optional<MatrixWalk> head(const Item* item) const {
+    if (item == nullptr || (item->phase != Phase::gate_up && item->phase != Phase::down))
+      return std::nullopt;
+    const bool down = item->phase == Phase::down;
+    const int m = down ? spec.geometry.num_matrices() - 1 : spec.geometry.gated ? 1 : 0;
+    if (!experts[item->task].has(m)) return std::nullopt;
+    return MatrixWalk(terms[experts[item->task].first[m]].view,
+                      item->piece * (down ? 1 : kGroupTiles));
   }
 
-  // Phases 0 and 2: 128 rows of V x (V a), a whole group of t, so that it can be prepared here.
-  void shrink(const Item& item, const Shrink& s) const {
+  // Each token that some task reads is prepared once per form that some task needs.
+  void prepare(const Item& item) const {
+    const int64_t end = std::min<int64_t>(item.piece + kTokens, tokens.size());
+    for (int64_t i = item.piece; i < end; ++i)
+      for (int f = 0; f < kForms; ++f)
+        if (used[f]) prepare_x(static_cast<Form>(f), tokens[i], static_cast<int32_t>(i));
+  }
+
+  // 128 rows of V x (V a), a whole group of t, so that it can be prepared here.
+  void shrink(const Item& item) const {
+    const Shrink& s = shrinks[item.detail];
     const FfnTask& task = tasks[item.task];
     alignas(64) float buffer[kMaxRows * kGroupCols];
     const int64_t first = item.piece * kGroupTiles;
@@ -451,7 +511,7 @@ struct Call {
     }
   }
 
-  // Phase 1: 128 rows of gate and up (a whole group of the intermediate, so that it can be
+  // 128 rows of gate and up (a whole group of the intermediate, so that it can be
   // quantised here) for all rows of the task.
   void gate_up(const Item& item, const Item* next_item) const {
     const ExpertGeometry& g = spec.geometry;
@@ -463,7 +523,7 @@ struct Call {
     const int64_t first = group * kGroupTiles;
     const int64_t num_tiles = std::min(kGroupTiles, g.matrix(0).row_tiles() - first);
     const int64_t valid = std::min(kGroupCols, g.intermediate - group * kGroupCols);
-    const std::optional<MatrixWalk> then = head(up, next_item, kGroupTiles);
+    const std::optional<MatrixWalk> then = head(next_item);
     for (int begin = 0; begin < task.num_rows; begin += kChunkRows) {
       const int end = std::min(begin + kChunkRows, task.num_rows);
       Product products[2 * kMaxTerms];
@@ -491,18 +551,17 @@ struct Call {
     }
   }
 
-  // Phase 3: a few row tiles of down.
+  // A few row tiles of down.
   void down(const Item& item, const Item* next_item) const {
     const ExpertGeometry& g = spec.geometry;
     const FfnTask& task = tasks[item.task];
     const Expert& expert = experts[item.task];
     const int m = g.num_matrices() - 1;
     alignas(64) float buffer[2][kMaxRows * kDownTiles * kBlockRows];
-    const int64_t first = item.piece * down_tiles;
-    const int64_t num_tiles = std::min(down_tiles, g.matrix(m).row_tiles() - first);
+    const int64_t first = item.piece, num_tiles = item.detail;
     const int64_t stride = num_tiles * kBlockRows;
     const int64_t valid = std::min(stride, g.hidden - first * kBlockRows);
-    const std::optional<MatrixWalk> then = head(m, next_item, down_tiles);
+    const std::optional<MatrixWalk> then = head(next_item);
     for (int begin = 0; begin < task.num_rows; begin += kMaxRows) {
       const int end = std::min(begin + kMaxRows, task.num_rows);
       Product products[kMaxTerms];
@@ -518,6 +577,20 @@ struct Call {
           for (int64_t r = 0; r < valid; ++r) out[r] += expert.mean[first * kBlockRows + r];
         if (rounds(task)) round(out, valid);
       }
+    }
+  }
+
+  void work(const Item& item, const Item* next) const {
+    switch (item.phase) {
+      case Phase::prepare:
+        return prepare(item);
+      case Phase::shrink_x:
+      case Phase::shrink_a:
+        return shrink(item);
+      case Phase::gate_up:
+        return gate_up(item, next);
+      case Phase::down:
+        return down(item, next);
     }
   }
 
@@ -566,30 +639,30 @@ struct Call {
   }
 };
 
-// Runs work(item, next item or null) for all items. A thread claims its next item before it
-// computes the present one, so that the tail of one can prefetch the head of the next.
-template <class Work>
-void for_items(const std::vector<Item>& items, Work&& work) {
+// Runs all items, in the order of their phases. A thread claims its next item before it computes
+// the present one, so that the tail of one can prefetch the head of the next.
+void run_items(const Call& call, const std::vector<Item>& items, Progress& progress) {
   struct Context {
-    const std::vector<Item>* items;
-    Work* work;
+    const Call& call;
+    const std::vector<Item>& items;
+    Progress& progress;
     std::atomic<size_t> next{0};
     const Item* claim() {
       const size_t i = next.fetch_add(1, std::memory_order_relaxed);
-      return i < items->size() ? items->data() + i : nullptr;
+      return i < items.size() ? items.data() + i : nullptr;
     }
-  } context{&items, &work};
+  } context{call, items, progress};
   auto body = [](void* raw, int, int) {
     auto& c = *static_cast<Context*>(raw);
     const Item* item = c.claim();
     while (item) {
       const Item* next = c.claim();
-      (*c.work)(*item, next);
+      c.progress.wait(*item);
+      c.call.work(*item, next);
+      c.progress.done(*item);
       item = next;
     }
   };
-  if (items.empty()) return;
-  if (items.size() == 1 || Parallel::instance().num_threads() == 1) return body(&context, 0, 1);
   Parallel::instance().run(body, &context);
 }
 
@@ -637,26 +710,26 @@ void expert_ffn(const FfnSpec& spec, const FfnTask* tasks, int num_tasks, const 
   if (spec.activation == Activation::swigluoai && !g.gated)
     throw std::invalid_argument("expert_ffn: activation swigluoai needs gated experts");
   const Kernels& kernels = *current_kernels().load();
-  Call call{spec, kernels, tasks, x, x_dtype, x_stride, pair_out, {}, {}, {}, {}, {}, {}, {}};
+  Call call{spec, kernels, tasks, x, x_dtype, x_stride, pair_out, {}, {}, {}, {}, {}, {}, {}, {}};
 
   for (int f = 0; f < kForms; ++f) {
     call.x_layout.emplace_back(static_cast<Form>(f), g.hidden);
     call.a_layout.emplace_back(static_cast<Form>(f), g.intermediate);
   }
-  // Each token that some task reads is prepared once per form that some task needs.
-  bool used[kForms] = {};
-  std::vector<int32_t> tokens;
   int64_t scratch_bytes = 0;
-  std::vector<Item> x_items, gate_up_items, a_items, down_items;
-  const int64_t tiles = g.matrix(g.num_matrices() - 1).row_tiles();
-  const int num_threads = Parallel::instance().num_threads();
-  // Long runs read memory faster; eight items per thread are enough to balance.
-  call.down_tiles =
-      std::min(std::max<int64_t>(num_tasks * tiles / (8 * num_threads), 1), kDownTiles);
-  const int64_t down_pieces = ceil_div(tiles, call.down_tiles);
-  auto add_items = [](std::vector<Item>& items, int32_t task, int64_t pieces, int shrink = 0) {
-    for (int64_t i = 0; i < pieces; ++i) items.push_back({task, static_cast<int32_t>(i), shrink});
+  std::vector<Item> items[kPhases];
+  Progress progress(num_tasks);
+  auto add_item = [&](Phase phase, int64_t task, int64_t piece, int64_t detail = 0) {
+    auto& list = items[static_cast<int>(phase)];
+    list.push_back({phase, static_cast<int32_t>(task), static_cast<int32_t>(piece),
+                    static_cast<int32_t>(detail)});
+    progress.add(list.back());
   };
+  const int num_threads = Parallel::instance().num_threads();
+  const int down = g.num_matrices() - 1;
+  const int64_t tiles = g.matrix(down).row_tiles();
+  int64_t tiles_left = 0;
+  for (int t = 0; t < num_tasks; ++t) tiles_left += tasks[t].num_rows > 0 ? tiles : 0;
   call.experts.reserve(num_tasks);
   call.terms.reserve(num_tasks * kMaxMatrices);
   for (int t = 0; t < num_tasks; ++t) {
@@ -664,49 +737,51 @@ void expert_ffn(const FfnSpec& spec, const FfnTask* tasks, int num_tasks, const 
     scratch_bytes = call.add_expert(task, scratch_bytes);
     if (task.num_rows == 0) continue;
     const Expert& expert = call.experts.back();
-    const int down = g.num_matrices() - 1;
     for (int m = 0; m <= down; ++m)
       for (int32_t i = expert.first[m]; i < expert.first[m + 1]; ++i) {
         const Term& term = call.terms[i];
         const Term& with_x = term.shrink < 0 ? term : call.shrinks[term.shrink].term;
-        if (with_x.of_x) used[static_cast<int>(with_x.layout.form)] = true;
-        if (term.shrink >= 0)
-          add_items(m < down ? x_items : a_items, t, term.layout.groups, term.shrink);
+        if (with_x.of_x) call.used[static_cast<int>(with_x.layout.form)] = true;
+        if (term.shrink < 0) continue;
+        for (int64_t group = 0; group < term.layout.groups; ++group)
+          add_item(m < down ? Phase::shrink_x : Phase::shrink_a, t, group, term.shrink);
       }
     for (int i = 0; i < task.num_rows; ++i) {
       const int32_t token = task.token[i];
       if (token >= static_cast<int32_t>(call.slot.size())) call.slot.resize(token + 1, -1);
       if (call.slot[token] >= 0) continue;
-      call.slot[token] = static_cast<int32_t>(tokens.size());
-      tokens.push_back(token);
+      call.slot[token] = static_cast<int32_t>(call.tokens.size());
+      call.tokens.push_back(token);
     }
-    if (expert.computes()) add_items(gate_up_items, t, ceil_div(g.intermediate, kGroupCols));
-    add_items(down_items, t, down_pieces);
+    if (expert.computes())
+      for (int64_t group = 0; group < ceil_div(g.intermediate, kGroupCols); ++group)
+        add_item(Phase::gate_up, t, group);
+    // Long runs read memory faster; towards the end they get short, so that the threads end
+    // together.
+    for (int64_t tile = 0; tile < tiles;) {
+      const int64_t fair = std::max<int64_t>(tiles_left / (4 * num_threads), 1);
+      const int64_t n = std::min({fair, kDownTiles, tiles - tile});
+      add_item(Phase::down, t, tile, n);
+      tile += n;
+      tiles_left -= n;
+    }
   }
-  if (tokens.empty()) return;
+  if (call.tokens.empty()) return;
 
-  const auto num_tokens = static_cast<int64_t>(tokens.size());
+  const auto num_tokens = static_cast<int64_t>(call.tokens.size());
+  for (int64_t i = 0; i < num_tokens; i += kTokens) add_item(Phase::prepare, 0, i);
   int64_t x_bytes = 0, x_offset[kForms];
   for (int f = 0; f < kForms; ++f) {
     x_offset[f] = x_bytes;
-    if (used[f]) x_bytes += num_tokens * call.x_layout[f].bytes();
+    if (call.used[f]) x_bytes += num_tokens * call.x_layout[f].bytes();
   }
   const Scratch x_buffer(x_bytes), scratch(scratch_bytes);
   for (int f = 0; f < kForms; ++f) call.x_rows.push_back(x_buffer.aligned() + x_offset[f]);
   call.scratch = scratch.aligned();
 
-  // A row takes about a microsecond: a few are not worth waking another thread for.
-  parallel_for(num_tokens, 8, [&](int64_t begin, int64_t end, int) {
-    for (int64_t i = begin; i < end; ++i)
-      for (int f = 0; f < kForms; ++f)
-        if (used[f]) call.prepare_x(static_cast<Form>(f), tokens[i], static_cast<int32_t>(i));
-  });
-  for_items(x_items,
-            [&](const Item& item, const Item*) { call.shrink(item, call.shrinks[item.shrink]); });
-  for_items(gate_up_items, [&](const Item& item, const Item* next) { call.gate_up(item, next); });
-  for_items(a_items,
-            [&](const Item& item, const Item*) { call.shrink(item, call.shrinks[item.shrink]); });
-  for_items(down_items, [&](const Item& item, const Item* next) { call.down(item, next); });
+  std::vector<Item>& all = items[0];
+  for (int p = 1; p < kPhases; ++p) all.insert(all.end(), items[p].begin(), items[p].end());
+  run_items(call, all, progress);
 }
 
 void combine_pairs(const float* pair_out, const float* weights, const int64_t* expert_idx,

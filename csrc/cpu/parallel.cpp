@@ -17,14 +17,6 @@ namespace {
 // torch.
 constexpr auto kSpin = std::chrono::microseconds(20);
 
-inline void pause_cpu() {
-#if defined(__x86_64__) || defined(__i386__)
-  __builtin_ia32_pause();
-#elif defined(__aarch64__)
-  asm volatile("yield");
-#endif
-}
-
 // Spins for kSpin; true as soon as `ready()`.
 template <class Ready>
 bool spin_until(Ready&& ready) {

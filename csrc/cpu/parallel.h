@@ -8,6 +8,15 @@
 
 namespace comoe {
 
+// In a loop that waits for another thread.
+inline void pause_cpu() {
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
 class Parallel {
  public:
   using Body = void (*)(void* context, int thread, int num_threads);

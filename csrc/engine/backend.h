@@ -24,7 +24,8 @@ struct BackendStats {
   int64_t bytes_from_disk = 0;  // padding and repeated reads included
   int64_t buffered_reads = 0;   // chunks that went through the page cache, O_DIRECT being refused
   int64_t retries = 0;
-  const char* io = "";  // how reads are kept in flight: "uring" or "threads"
+  double busy_seconds = 0;  // in which something was being read
+  const char* io = "";      // how reads are kept in flight: "uring" or "threads"
 };
 
 class BackendEvents {

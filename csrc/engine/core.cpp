@@ -106,6 +106,16 @@ int64_t Core::largest_need_pages(int max_level) const {
   return largest;
 }
 
+void Core::forget_largest_need() {
+  demand_reserve_pages_ = 0;
+  for (const auto& [id, session] : sessions_)
+    for (const NeedEntry& n : session.needs)
+      if (n.state == NeedState::waiting)
+        demand_reserve_pages_ =
+            std::max(demand_reserve_pages_,
+                     need_pages(n.need.expert, config_.level_masks[lowest_level(n.need)]));
+}
+
 std::vector<int32_t> Core::take_woken() {
   std::vector<int32_t> woken;
   woken.swap(woken_);

@@ -91,6 +91,7 @@ class Core {
   int64_t need_pages(int32_t expert, uint32_t mask) const;
   int64_t largest_need_pages(int max_level) const;
   int64_t demand_reserve_pages() const { return demand_reserve_pages_; }
+  void forget_largest_need();  // but for what open sessions still wait for
   int64_t user_pinned_pages() const { return user_pinned_pages_; }
 
   // Events of the backend.
@@ -242,7 +243,7 @@ class Core {
   int64_t resident_bytes_ = 0;
   int64_t speculation_loading_pages_ = 0;
   int64_t user_pinned_pages_ = 0;
-  int64_t demand_reserve_pages_ = 0;  // largest need that a session has asked for
+  int64_t demand_reserve_pages_ = 0;  // largest need asked for since it was forgotten
   bool speculation_blocked_ =
       false;  // the queue's front found no room, and nothing has changed since
   bool map_failed_ = false;

@@ -145,6 +145,7 @@ struct EngineState final : BackendEvents {
   Core core;
   int64_t budget;
   int control_waiters = 0;  // threads in wait_until, which no session's wake-up reaches
+  int64_t waits = 0;
   double wait_seconds = 0;
   bool closed = false;
 };
@@ -178,6 +179,7 @@ bool Session::next(std::vector<Ready>& ready) {
     s.require_open();
     const auto begin = Clock::now();
     const bool timed_out = s.changed.wait_for(lock, kInterruptSlice) == std::cv_status::timeout;
+    ++s.waits;
     s.wait_seconds += std::chrono::duration<double>(Clock::now() - begin).count();
     if (timed_out) s.check_interrupt(lock);
   }
@@ -377,6 +379,11 @@ int64_t Engine::minimum_budget(int level) const {
   return minimum_budget_locked(*state_, level);
 }
 
+void Engine::forget_largest_need() {
+  std::lock_guard<std::mutex> lock(state_->mutex);
+  state_->core.forget_largest_need();
+}
+
 void Engine::set_budget(int64_t bytes, double timeout_seconds) {
   std::unique_lock<std::mutex> lock(state_->mutex);
   EngineState& s = *state_;
@@ -418,6 +425,7 @@ EngineStats Engine::stats() const {
   EngineStats stats;
   stats.core = s.core.stats();
   stats.backend = s.backend->stats();
+  stats.waits = s.waits;
   stats.wait_seconds = s.wait_seconds;
   stats.page_bytes = s.config.page_bytes;
   stats.budget_bytes = s.budget;

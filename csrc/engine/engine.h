@@ -38,6 +38,7 @@ struct EngineClosed : std::runtime_error {
 struct EngineStats {
   CoreStats core;
   BackendStats backend;
+  int64_t waits = 0;        // times that a session stood still
   double wait_seconds = 0;  // sessions stood still for this long
   int64_t page_bytes = 0, budget_bytes = 0, mapped_bytes = 0;
   int64_t slabs = 0, slabs_target = 0, pages_used = 0, pages_free = 0, pages_reclaiming = 0;
@@ -109,7 +110,10 @@ class Engine {
   // Returns when the memory above the budget is back with the system; if it is not within the
   // timeout, because sessions hold pages, throws; the new budget is in force all the same.
   void set_budget(int64_t bytes, double timeout_seconds = 10);
-  // Least budget for the largest need of any session so far (at least level 0 of every expert);
+  // For callers that from now on ask for lower levels: what sessions asked for before keeps no
+  // room.
+  void forget_largest_need();
+  // Least budget for the largest need of any session since then (at least level 0 of every expert);
   // with a level, for every expert at any level up to it.
   int64_t minimum_budget(int level = -1) const;
 

@@ -32,6 +32,10 @@ bool accepts_direct(int fd) {
   return true;
 }
 
+double seconds_since(std::chrono::steady_clock::time_point begin) {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+}
+
 }  // namespace
 
 Reader::~Reader() {
@@ -73,6 +77,7 @@ int64_t Reader::file_bytes(int32_t file) const {
 BackendStats Reader::stats() const {
   std::lock_guard<std::mutex> lock(mutex_);
   BackendStats stats = stats_;
+  if (running_ > 0) stats.busy_seconds += seconds_since(busy_since_);
   stats.io = kind();
   return stats;
 }
@@ -122,6 +127,7 @@ bool Reader::next_chunk(Chunk& chunk) {
   chunk.task = task;
   chunk.demand = !demand_.empty();
   others_running_ += !chunk.demand;
+  if (running_++ == 0) busy_since_ = std::chrono::steady_clock::now();
   chunk.begin = task->next;
   chunk.bytes = std::min(config_.chunk_bytes, task->extent_bytes - task->next);
   // No sliver at the end: it would cost a whole request.
@@ -131,6 +137,13 @@ bool Reader::next_chunk(Chunk& chunk) {
   ++task->chunks_running;
   if (task->next == task->extent_bytes) from.pop_front();
   return true;
+}
+
+size_t Reader::most_urgent(const std::vector<Chunk>& ended) const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  const auto demanded = [](const Chunk& chunk) { return chunk.task->job.demand; };
+  const auto found = std::find_if(ended.begin(), ended.end(), demanded);
+  return found == ended.end() ? 0 : static_cast<size_t>(found - ended.begin());
 }
 
 void Reader::fill_iovecs(const Chunk& chunk, std::vector<iovec>& iovecs) const {
@@ -155,6 +168,11 @@ std::string Reader::describe(const ReadTask& task, int64_t at, const std::string
          " at offset " + std::to_string(task.job.info.offset + at) + ": " + reason;
 }
 
+void Reader::request_ended(const Chunk& chunk) {
+  others_running_ -= !chunk.demand;
+  if (--running_ == 0) stats_.busy_seconds += seconds_since(busy_since_);
+}
+
 bool Reader::handle_result(Chunk& chunk, int64_t result) {
   ReadTask& task = *chunk.task;
   std::string reason;
@@ -168,6 +186,7 @@ bool Reader::handle_result(Chunk& chunk, int64_t result) {
     stats_.bytes_from_disk += result;
     if (chunk.done >= chunk.bytes) {
       stats_.buffered_reads += buffered;
+      request_ended(chunk);
       return true;
     }
     const bool aligned = chunk.done % kAlign == 0;
@@ -196,6 +215,7 @@ bool Reader::handle_result(Chunk& chunk, int64_t result) {
     std::this_thread::sleep_for(std::chrono::milliseconds(1 << chunk.attempts));
     return false;
   }
+  request_ended(chunk);
   if (task.error.empty())
     task.error = describe(task, chunk.begin + chunk.done,
                           reason + " (tried " + std::to_string(chunk.attempts) + " times)");
@@ -215,7 +235,6 @@ void Reader::finish_chunk(const Chunk& chunk) {
   {
     std::lock_guard<std::mutex> lock(mutex_);
     --task->chunks_running;
-    others_running_ -= !chunk.demand;
     if (!task->error.empty() && task->next < task->extent_bytes) {  // no use in reading the rest
       std::deque<ReadTask*>& queue = task->job.demand ? demand_ : others_;
       queue.erase(std::find(queue.begin(), queue.end(), task));

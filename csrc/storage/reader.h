@@ -10,6 +10,7 @@
 #include <sys/uio.h>
 
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <deque>
 #include <map>
@@ -89,7 +90,9 @@ class Reader {
   // `result`: bytes, or -errno. True when the chunk has ended, well or not; else it has to be
   // issued again (a short back-off has passed already).
   bool handle_result(Chunk& chunk, int64_t result);
-  // When it has ended. Reports the record if this was its last chunk.
+  // Of chunks that have ended, the one to finish first.
+  size_t most_urgent(const std::vector<Chunk>& ended) const;
+  // When it has ended. Verifies and reports the record if this was its last chunk.
   void finish_chunk(const Chunk& chunk);
 
   const ReaderConfig config_;
@@ -101,10 +104,12 @@ class Reader {
  private:
   static std::string describe(const ReadTask& task, int64_t at, const std::string& reason);
   bool checksum_is_right(const ReadTask& task) const;
+  void request_ended(const Chunk& chunk);  // with the lock held
 
   std::vector<std::unique_ptr<DataFile>> files_;
   std::map<int32_t, std::unique_ptr<ReadTask>> tasks_;  // by record
-  int others_running_ = 0;                              // chunks
+  int running_ = 0, others_running_ = 0;                // chunks that have not ended
+  std::chrono::steady_clock::time_point busy_since_;    // where running_ > 0
   std::deque<ReadTask*> demand_, others_;               // with bytes that no chunk covers yet
 };
 

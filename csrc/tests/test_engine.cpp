@@ -706,6 +706,42 @@ void test_engine_budget() {
   CHECK(engine->minimum_budget() == 5 * 8 * 4096);
 }
 
+void test_engine_lower_levels_need_less() {
+  Store store(8);
+  auto engine = store.engine(20);
+  CHECK(serve(store, *engine, {{0, 4, 4}}) == 1);
+  const std::vector<Need> held{{1, 4, 4}};
+  auto session = engine->open_session(held.data(), 1);
+  engine->forget_largest_need();
+  session->close();
+  engine->forget_largest_need();
+  CHECK(engine->minimum_budget() == 8 * 4096);
+  std::vector<Need> needs;
+  for (int32_t e = 0; e < 8; ++e) needs.push_back({e, 0, 0});
+  for (int slabs : {1, 20, 1}) {
+    engine->set_budget(slabs * 8 * 4096);
+    CHECK(engine->stats().slabs <= slabs);
+    CHECK(serve(store, *engine, needs) == 8);
+  }
+}
+
+// Who still waits when it is forgotten must get his room all the same.
+void test_forgotten_needs_of_open_sessions() {
+  Store store(8);
+  auto engine = store.engine(3);  // room for one at `exact`
+  const std::vector<Need> first{{0, 4, 4}}, second{{1, 4, 4}};
+  auto holder = engine->open_session(first.data(), 1);
+  std::vector<Ready> ready;
+  CHECK(holder->next(ready) && ready.size() == 1);
+  auto waiter = engine->open_session(second.data(), 1);
+  engine->forget_largest_need();
+  CHECK_THROWS(engine->set_budget(2 * 8 * 4096), BudgetError, "at least 98304");
+  holder->done(ready[0].need);
+  CHECK(waiter->next(ready) && ready.size() == 1);
+  engine->forget_largest_need();
+  CHECK(engine->minimum_budget() == 8 * 4096);
+}
+
 void test_engine_gives_memory_back() {
   constexpr int64_t kMiB = 1 << 20;
   Store store(3, {16 * kMiB, 1, 1, 1, 1});
@@ -940,6 +976,8 @@ int main() {
   test_engine_serves();
   test_engine_bad_arguments();
   test_engine_budget();
+  test_engine_lower_levels_need_less();
+  test_forgotten_needs_of_open_sessions();
   test_engine_gives_memory_back();
   test_engine_read_errors();
   test_engine_interrupts_and_close();

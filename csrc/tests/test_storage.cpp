@@ -395,6 +395,59 @@ static void test_stop(const std::string& kind) {
   CHECK(results.done.size() == done);
 }
 
+// A reader whose requests the test itself answers.
+class ManualReader final : public Reader {
+ public:
+  using Reader::finish_chunk;
+  using Reader::handle_result;
+  using Reader::most_urgent;
+  using Reader::Reader;
+  bool next(Chunk& chunk) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return next_chunk(chunk);
+  }
+  void stop() override {}
+  const char* kind() const override { return "manual"; }
+
+ private:
+  void wake() override {}
+  int depth() const override { return 4; }
+};
+
+// What has been read makes room for the next request before it is verified: a checksum of records
+// that came together takes as long as it takes the disk to run dry.
+static void test_requests_do_not_wait_for_checksums() {
+  Store store({8 * 4096, 8 * 4096, 2 * 4096});
+  Results results;
+  ReaderConfig config;
+  config.page_bytes = 4096;
+  config.chunk_bytes = 4096;
+  ManualReader reader(config, &results);
+  reader.add_file(store.path);
+  std::vector<std::unique_ptr<Pages>> pages;
+  for (int32_t r = 0; r < 3; ++r) {
+    pages.push_back(std::make_unique<Pages>(4096, store.infos[r].bytes));
+    if (r < 2) reader.submit({r, store.infos[r], pages[r]->pages.data(), false});
+  }
+  Chunk running[2], chunk;
+  CHECK(reader.next(running[0]) && reader.next(running[1]));
+  CHECK(!reader.next(chunk));  // speculation: half of the depth
+  CHECK(reader.handle_result(running[0], 4096));
+  CHECK(reader.next(chunk));  // although it is not finished
+  CHECK(!reader.next(chunk));
+  CHECK(!reader.handle_result(running[1], 4096 / 2));  // half of it: still with the kernel
+  CHECK(!reader.next(chunk));
+
+  // Of what has ended, demand is verified first.
+  reader.submit({2, store.infos[2], pages[2]->pages.data(), true});
+  Chunk demanded;
+  CHECK(reader.next(demanded) && demanded.demand);
+  CHECK(reader.most_urgent({running[0], running[0]}) == 0);
+  CHECK(reader.most_urgent({running[0], running[0], demanded}) == 2);
+  reader.promote(0);
+  CHECK(reader.most_urgent({running[0], demanded}) == 0);
+}
+
 static void test_raw_read() {
   Store store({100000});
   CHECK_THROWS(raw_read_seconds(store.path, 0, 100, 4096, 1), std::invalid_argument,
@@ -421,6 +474,7 @@ int main() {
   test_faults();
   test_order();
   test_room_for_demand();
+  test_requests_do_not_wait_for_checksums();
   test_files();
   return check_failures != 0;
 }

@@ -1,0 +1,196 @@
+"""Joint against separate: the bundled model (or DST), one token at a time, at five budgets of expert memory.
+
+    python bench/bench_joint.py DST [--tokens 400] [--fractions .1 .2 .3 .4 .5] [--text FILE] [--write]
+
+DST: packed, and aggregated (comoe aggregate). Rivals, at equal memory and on the same engine and kernels:
+
+    aggregation   the store's curve of best rungs, all resident, nothing read later
+    offloading    exact weights, least recently used cache, next layer's experts fetched ahead
+    separately    rungs chosen first (the coarsest one that keeps the "balanced" loss, for all alike), then
+                  offloaded as above
+
+and ours at every named quality. All read the same held-out text, token by token, taking turns every 16
+tokens; loss is KL to the exact model with everything in memory, time the median and mean of a token.
+A rival is beaten by one of our settings with less time at no more loss, or less loss at no more time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from harness import RESULTS, conditions
+from transformers import DynamicCache
+
+import comoe
+from comoe.heldout import held_out_text
+from comoe.policy.goal import QUALITIES
+from comoe.policy.plan import Plan, Sizes, all_cached, require_room
+
+WARM_UP = 32  # tokens that are fed but not counted
+TURN = 16  # tokens that one contender reads before it is the next one's turn
+TIE = 0.002  # nats; KL closer than this over some hundred tokens is the same
+
+
+@dataclass
+class OneLevel:
+    """Everything at one level, the last used cached: rungs chosen without regard to where they lie."""
+
+    level: int
+
+    def least(self, sizes: Sizes, *, exact: bool) -> np.ndarray:
+        return sizes.all_at(self.level)
+
+    def plan(self, sizes: Sizes, pool_bytes: int, *, exact: bool) -> Plan:
+        levels = sizes.all_at(self.level)
+        require_room(sizes, levels, pool_bytes)
+        return all_cached(sizes, levels, pool_bytes)
+
+
+@dataclass
+class Contender:
+    name: str
+    model: torch.nn.Module
+    cache: DynamicCache = field(default_factory=DynamicCache)
+    seconds: list[float] = field(default_factory=list)
+    kl: list[float] = field(default_factory=list)
+    nats: list[float] = field(default_factory=list)
+
+    def step(self, token: int, target: int, want: torch.Tensor | None) -> torch.Tensor:
+        begin = time.perf_counter()
+        out = self.model(torch.tensor([[token]]), past_key_values=self.cache, use_cache=True)
+        took = time.perf_counter() - begin
+        logp = out.logits[0, -1].float().log_softmax(-1)
+        if want is not None:
+            self.seconds.append(took)
+            self.kl.append(float((want.exp() * (want - logp)).sum()))
+            self.nats.append(-float(logp[target]))
+        return logp
+
+    def row(self) -> dict:
+        stats, missing = self.model.comoe.stats(), self.model.comoe.missing
+        return {
+            "method": self.name,
+            "ms_mean": 1e3 * float(np.mean(self.seconds)),
+            "ms_median": 1e3 * float(np.median(self.seconds)),
+            "kl": float(np.mean(self.kl)),
+            "perplexity": float(np.exp(np.mean(self.nats))),
+            "bits_used": stats["bits_per_weight"],
+            "bytes_read": stats["bytes_read"]["disk"],
+            "pool_bytes": self.model.comoe.plan.pool_bytes,
+            "coarser": missing.coarser,
+            "waited": missing.waited,
+            "plan": stats["plan"],
+        }
+
+
+def coarsest_within(model, loss: float) -> int:
+    """The level with the fewest bytes that loses at most `loss` if all experts are at it."""
+    losses, sizes = model.comoe.store.losses()["loss"], model.comoe.store_sizes
+    good = [
+        level
+        for level in range(len(sizes.levels))
+        if sizes.has[:, level].all() and losses[:, level].sum() <= loss
+    ]
+    return min(good, key=sizes.total)
+
+
+def contenders(dst: str, memory: int) -> list[Contender]:
+    made = [
+        Contender("aggregation", comoe.load(dst, memory=memory, upgrade=False)),
+        Contender("offloading", comoe.load(dst, memory=memory, exact=True)),
+        Contender("separately", comoe.load(dst, memory=memory)),
+    ]
+    runtime = made[-1].model.comoe
+    runtime.planner = OneLevel(coarsest_within(made[-1].model, QUALITIES["balanced"]))
+    runtime.controller = runtime._controller()
+    runtime.set_memory(memory)
+    made.append(Contender("joint, resident", comoe.load(dst, memory=memory, quality="resident")))
+    for quality in QUALITIES:
+        made.append(Contender(f"joint, {quality}", comoe.load(dst, memory=memory, quality=quality)))
+    for loss in (0.0005, 0.1):
+        made.append(Contender(f"joint, {loss:g}", comoe.load(dst, memory=memory, quality=loss)))
+    for contender in made:
+        # Each runtime would count the others' memory as taken from its own budget.
+        contender.model.comoe.budget.baseline = 1 << 50
+        contender.model.comoe.wait_ready()
+    return made
+
+
+def compare(dst: str, fraction: float, ids: list[int]) -> list[dict]:
+    exact = comoe.load(dst)
+    runtime = exact.comoe
+    fixed = runtime.budget.sizes.dense + runtime.budget.reserve(0)
+    memory = fixed + int(fraction * runtime.records.exact_bytes())
+    reference = Contender("exact", exact)
+    made = contenders(dst, memory)
+    with torch.inference_mode():
+        for begin in range(0, len(ids) - 1, TURN):
+            turn = range(begin, min(begin + TURN, len(ids) - 1))
+            want = [reference.step(ids[i], ids[i + 1], None) for i in turn]
+            for contender in made:
+                for i in turn:
+                    counts = i >= WARM_UP and i > begin  # the first pays for the change of turns
+                    contender.step(ids[i], ids[i + 1], want[i - begin] if counts else None)
+    rows = [{"fraction": fraction, "memory": memory, **c.row()} for c in made]
+    for contender in (*made, reference):
+        contender.model.comoe.close()
+    return rows
+
+
+def verdicts(rows: list[dict]) -> dict[str, str]:
+    """Which of ours beats each rival, and how."""
+    found = {}
+    ours = [row for row in rows if row["method"].startswith("joint")]
+    for rival in (row for row in rows if not row["method"].startswith("joint")):
+        best = "not beaten"
+        quicker = [
+            o for o in ours if o["kl"] <= rival["kl"] + TIE and o["ms_mean"] < rival["ms_mean"]
+        ]
+        better = [
+            o for o in ours if o["ms_mean"] <= rival["ms_mean"] and o["kl"] < rival["kl"] - TIE
+        ]
+        if quicker:
+            o = min(quicker, key=lambda o: o["ms_mean"])
+            best = f"{o['method']}: {1 - o['ms_mean'] / rival['ms_mean']:.0%} less time"
+        elif better:
+            o = min(better, key=lambda o: o["kl"])
+            best = f"{o['method']}: {1 - o['kl'] / rival['kl']:.0%} less loss"
+        found[rival["method"]] = best
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("dst")
+    parser.add_argument("--tokens", type=int, default=400)
+    parser.add_argument("--fractions", type=float, nargs="+", default=[0.1, 0.2, 0.3, 0.4, 0.5])
+    parser.add_argument("--text", type=Path, help="default: held-out modules of the library")
+    parser.add_argument("--write", action="store_true", help="to bench/results/joint.json")
+    arguments = parser.parse_args()
+    text = held_out_text() if arguments.text is None else arguments.text.read_text()
+    ids = comoe.load_tokenizer(arguments.dst).encode(text)[: arguments.tokens + WARM_UP + 1]
+    results = []
+    for fraction in arguments.fractions:
+        rows = compare(arguments.dst, fraction, ids)
+        results += rows
+        print(f"\n{fraction:.0%} of the expert bytes, {len(ids) - 1 - WARM_UP} tokens")
+        for row in rows:
+            print(
+                f"  {row['method']:18s} {row['ms_mean']:7.2f} ms (median {row['ms_median']:6.2f})  KL {row['kl']:.4f}"
+                f"  {row['bits_used']:5.2f} bits  read {row['bytes_read'] / 1e6:7.1f} MB  waited {row['waited']}"
+            )
+        for rival, verdict in verdicts(rows).items():
+            print(f"  beats {rival}: {verdict}")
+    if arguments.write:
+        out = {"conditions": conditions(), "tokens": arguments.tokens, "rows": results}
+        (RESULTS / "joint.json").write_text(json.dumps(out, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

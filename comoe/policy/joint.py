@@ -1,0 +1,340 @@
+"""The joint planner: how coarse every expert is and where its bytes live, decided at once.
+
+An expert's option is a pair (held, used), see options.py. What is used and not held is read when a token
+uses the expert, and then stays in the cache until other reads have pushed it out. With a cache that is
+shared by all, that happens `age` tokens after its last use, the same for all experts (Che, Tung and Wang,
+Hierarchical Web caching systems, 2002). So an expert with use p per token
+
+    takes    held + missing * (1 - exp(-p age))                        bytes of memory on average
+    costs    p * (compute + exp(-p age) * (missing / bandwidth + latency))    seconds per token
+    loses    loss(used)                                                nats per token
+
+and for a given age the choice is one knapsack (solver.py), with the cache's own memory counted in it. The
+age is searched on a short grid for the first plan; later ones keep it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from comoe.policy.costs import Costs
+from comoe.policy.goal import Goal
+from comoe.policy.options import SHARED, Options, expert_options
+from comoe.policy.plan import EvenPlanner, Plan, Sizes, all_cached, require_room
+from comoe.policy.solver import InfeasibleError, Problem, Solution, solve
+
+AGES = (0.25, 1.0, 4.0, 16.0, 64.0)  # tokens
+FIRST_AGE = 2  # of AGES
+SLACK = 0.02  # share of the pool kept out of the plan: slabs, pages, and reads on their way
+NEVER_WAIT = 1e12  # nats per second
+SECONDS_PER_NAT = 1e-12  # the least price that is told from none
+
+
+class GoalError(ValueError):
+    """A loss or latency that no plan meets; the message says which, and what can be had.
+    nearest: the Plan that comes nearest to it; None from least_memory."""
+
+    def __init__(self, message: str, nearest: Plan | None = None):
+        super().__init__(message)
+        self.nearest = nearest
+
+
+@dataclass(frozen=True)
+class Situation:
+    """What a plan is made for. use: float [X], probability that a token uses the expert; None: as
+    measured by aggregation.  costs: None: reading is not priced, so nothing may be waited for."""
+
+    goal: Goal = field(default_factory=Goal)
+    costs: Costs | None = None
+    use: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class _Answer:
+    solution: Solution
+    age_step: int  # of AGES; -1: nothing is read
+    price: float
+
+
+class JointPlanner:
+    """Plans for one model; keeps the last multipliers and age, from which the next plan starts.
+
+    loss: float [X, L] nats per token at `use`, nan: no such level.  use: float [X].  floor: int [X].
+    """
+
+    def __init__(self, loss: np.ndarray, use: np.ndarray, floor: np.ndarray | None = None):
+        self.situation = Situation()
+        self.loss, self.use, self._floor = loss, np.clip(use, 0.0, 1.0), floor
+        self._options: Options | None = None
+        self._finer: np.ndarray | None = None
+        self._multipliers: dict[str, np.ndarray] = {}
+        self._age: int | None = None  # of AGES
+
+    def least(self, sizes: Sizes, *, exact: bool) -> np.ndarray:
+        """uint8 [X]: the coarsest levels that `plan` may choose."""
+        if exact:
+            return sizes.all_at(sizes.levels.exact)
+        options = self._options_of(sizes)
+        whole = np.where(np.isfinite(options.loss), options.held_bytes + options.missing, np.inf)
+        return options.used[np.arange(len(whole)), whole.argmin(1)].astype(np.uint8)
+
+    def plan(self, sizes: Sizes, pool_bytes: int, *, exact: bool) -> Plan:
+        """The best plan for the pool and the situation.
+
+        Raises BudgetError where the pool cannot hold one expert, GoalError where the goal cannot be met.
+        """
+        if exact or sizes.total(sizes.levels.exact) <= pool_bytes:
+            return EvenPlanner().plan(sizes, pool_bytes, exact=True)
+        least = self.least(sizes, exact=False)
+        require_room(sizes, least, pool_bytes)
+        options, situation = self._options_of(sizes), self.situation
+        scale, room = self._scale(options), (1.0 - SLACK) * pool_bytes
+        if situation.costs is None or situation.goal == Goal():
+            answer = self._without_waiting(options, scale, room)
+            if answer is None:
+                return all_cached(sizes, least, pool_bytes)
+        else:
+            answer = self._with_waiting(sizes, options, scale, room, pool_bytes)
+        return self._plan_of(sizes, options, answer, pool_bytes)
+
+    def judge(self, sizes: Sizes, plan: Plan) -> tuple[float, float | None]:
+        """(loss, seconds) per token of a plan in the present situation; seconds None without costs."""
+        rows = np.arange(len(plan.min_level))
+        loss = self.loss[rows, plan.min_level] @ self._scale(self._options_of(sizes))
+        held = plan.held.astype(np.int64)
+        missing = np.where(
+            held >= 0,
+            sizes.step_bytes[rows, np.maximum(held, 0), plan.min_level],
+            sizes.bytes_at[rows, plan.min_level],
+        )
+        return float(loss), self._seconds(sizes, plan.min_level, missing, self._age)
+
+    def least_memory(self, sizes: Sizes) -> int:
+        """Bytes of pool with which both the loss and the latency of the goal can be met. Raises GoalError
+        if no memory is enough, ValueError unless goal has both and there are costs."""
+        goal, costs = self.situation.goal, self.situation.costs
+        if goal.loss is None or goal.latency is None or costs is None:
+            raise ValueError("least_memory: expected a goal with a loss and a latency, and costs")
+        options = self._options_of(sizes)
+        found, why = [], None
+        for age in AGES:
+            table = _Table(options, costs, self._scale(options), self._live_use(), age)
+            limits = {"loss": goal.loss, "seconds": goal.latency - costs.dense}
+            try:
+                found.append(solve(table.problem("memory", limits)).loss)
+            except InfeasibleError as error:
+                why = error
+        if not found:
+            raise GoalError(f"no memory is enough for the goal: {why}") from why
+        return int(np.ceil(min(found) / (1.0 - SLACK)))
+
+    # ---- the objectives -----------------------------------------------------------------------
+
+    def _without_waiting(self, options: Options, scale: np.ndarray, room: float) -> _Answer | None:
+        """Least loss with all that is used held; None if not even the coarsest levels fit."""
+        whole = np.isfinite(options.loss) & (options.missing == 0)
+        loss = np.where(whole, options.loss * scale[:, None], np.inf)
+        problem = replace(options.problem(room), loss=loss)
+        try:
+            solution = self._solve("memory", problem)
+        except InfeasibleError:
+            return None
+        return _Answer(solution, -1, NEVER_WAIT)
+
+    def _with_waiting(
+        self, sizes: Sizes, options: Options, scale: np.ndarray, room: float, pool_bytes: int
+    ) -> _Answer:
+        """Least time for a loss, or least loss for a time."""
+        goal, costs = self.situation.goal, self.situation.costs
+        by_time = goal.latency is None
+        objective, second = ("seconds", "loss") if by_time else ("loss", "seconds")
+        limit = goal.loss if by_time else goal.latency - costs.dense
+        why: list[InfeasibleError] = []
+
+        def at(step: int) -> _Answer | None:
+            table = _Table(options, costs, scale, self._live_use(), AGES[step])
+            try:
+                problem = table.problem(objective, {"memory": room, second: limit})
+                solution = self._solve(objective, problem)
+            except InfeasibleError as error:
+                why.append(error)
+                return None
+            multiplier = float(solution.multipliers[1])
+            price = 1.0 / max(multiplier, SECONDS_PER_NAT) if by_time else multiplier
+            return _Answer(solution, step, price)
+
+        best = self._best_age(at)
+        if best is None:
+            raise self._goal_error(sizes, options, min(why, key=_distance), pool_bytes)
+        self._age = best.age_step
+        if not by_time and goal.loss is not None and best.solution.loss > goal.loss:
+            nearest = self._plan_of(sizes, options, best, pool_bytes)
+            raise GoalError(
+                f"the latency of {goal.latency * 1e3:.3g} ms per token can be met, but then the expected "
+                f"loss is {nearest.loss:.3g} nats per token, above the {goal.loss:.3g} allowed; give "
+                "more memory or time, or allow more loss",
+                nearest,
+            )
+        return best
+
+    def _goal_error(
+        self, sizes: Sizes, options: Options, why: InfeasibleError, pool_bytes: int
+    ) -> GoalError:
+        goal, costs = self.situation.goal, self.situation.costs
+        if why.limit == 0:
+            nearest = all_cached(sizes, self.least(sizes, exact=False), pool_bytes)
+            return GoalError(f"the pool is too small for any plan: {why}", nearest)
+        nearest = self._plan_of(
+            sizes, options, _Answer(why.nearest, FIRST_AGE, NEVER_WAIT), pool_bytes
+        )
+        if goal.latency is None:
+            return GoalError(
+                f"an expected loss of {goal.loss:.3g} nats per token cannot be met; the least is "
+                f"{why.least:.3g}",
+                nearest,
+            )
+        return GoalError(
+            f"a latency of {goal.latency * 1e3:.3g} ms per token cannot be met in {pool_bytes:,} bytes; "
+            f"the least is {(why.least + costs.dense) * 1e3:.3g} ms, of which {costs.dense * 1e3:.3g} are "
+            f"outside the experts, with a loss of {nearest.loss:.3g} nats per token; allow that much "
+            "time, or give more memory",
+            nearest,
+        )
+
+    def _best_age(self, at: Callable[[int], _Answer | None]) -> _Answer | None:
+        """The last age, if it still does; else the best one uphill from the first."""
+        if self._age is not None:
+            best = at(self._age)
+            if best is not None:
+                return best
+        best = at(FIRST_AGE)
+        for way in (-1, 1):
+            step = FIRST_AGE + way
+            while 0 <= step < len(AGES):
+                answer = at(step)
+                better = answer is not None and (
+                    best is None or answer.solution.loss < best.solution.loss
+                )
+                if not better and best is not None:
+                    break
+                best, step = (answer if better else best), step + way
+        return best
+
+    # ---- parts --------------------------------------------------------------------------------
+
+    def _solve(self, name: str, problem: Problem) -> Solution:
+        start = self._multipliers.get(name)
+        solution = solve(problem, start)
+        self._multipliers[name] = solution.multipliers
+        return solution
+
+    def _options_of(self, sizes: Sizes) -> Options:
+        """Made once: sizes and losses of a store do not change."""
+        if self._options is None:
+            self._options = expert_options(sizes, self.loss, self.use, floor=self._floor)
+        return self._options
+
+    def _live_use(self) -> np.ndarray:
+        use = self.situation.use
+        return self.use if use is None else np.clip(use, 0.0, 1.0)
+
+    def _scale(self, options: Options) -> np.ndarray:
+        """float [X]: loss at the present uses over that at the measured ones. An expert that was never
+        seen has no measured loss to scale."""
+        if self.situation.use is None:
+            return np.ones(len(options.use))
+        live, before = self._live_use(), options.use
+        ratio = live.sum() / max(before.sum(), 1e-9)  # experts per token may have been a guess
+        return np.where(before > 0, live / np.maximum(ratio * before, 1e-9), 1.0)
+
+    def _plan_of(self, sizes: Sizes, options: Options, answer: _Answer, pool_bytes: int) -> Plan:
+        rows = np.arange(len(options.held))
+        choice = answer.solution.choice
+        held, used = options.held[rows, choice], options.used[rows, choice].astype(np.uint8)
+        base = sizes.chosen(held)
+        with_base = held == SHARED
+        if with_base.any():
+            base |= sizes.shared & sizes.chosen(np.where(with_base, used.astype(np.int8), -1))
+        loss = options.loss[rows, choice] @ self._scale(options)
+        seconds = self._seconds(sizes, used, options.missing[rows, choice], answer.age_step)
+        return Plan(
+            sizes.levels,
+            np.maximum(held, -1),
+            used,
+            self._finer_than(sizes, used),
+            int(pool_bytes - sizes.record_bytes[base].sum()),
+            pool_bytes,
+            base=base,
+            price=answer.price,
+            loss=float(loss),
+            seconds=seconds,
+        )
+
+    def _seconds(
+        self, sizes: Sizes, used: np.ndarray, missing: np.ndarray, age_step: int | None
+    ) -> float | None:
+        """Expected per token; missing: [X] bytes that a use needs beside what is held."""
+        if self.situation.costs is None:
+            return None
+        use = self._live_use()
+        age = AGES[FIRST_AGE if age_step is None or age_step < 0 else age_step]
+        misses = np.exp(-use * age) * (missing > 0)
+        return self.situation.costs.token_time(sizes, used, use, missing * misses, misses=misses)
+
+    def _finer_than(self, sizes: Sizes, levels: np.ndarray) -> np.ndarray:
+        """uint8 [X]: the next finer level of each expert, one that adds to the records of the present
+        one if there is one; the present one where there is none but the exact weights."""
+        if self._finer is None:
+            needs, count = sizes.needs, len(sizes.levels)
+            adds = ~(needs[:, None] & ~needs[None]).any(2)  # [from, to]
+            later = np.arange(count)[:, None] < np.arange(count)
+            later[:, sizes.levels.exact] = False
+            known = sizes.has & np.isfinite(self.loss)
+            self._finer = np.tile(np.arange(count, dtype=np.uint8), (len(sizes.has), 1))
+            for level in range(count):
+                for wanted in (later[level], later[level] & adds[level]):
+                    offered = known & wanted
+                    found = offered.any(1)
+                    self._finer[found, level] = offered[found].argmax(1)
+        return self._finer[np.arange(len(levels)), levels]
+
+
+def _distance(error: InfeasibleError) -> tuple[bool, float]:
+    """For the infeasible problem that came nearest: memory is the harder limit."""
+    return error.limit == 0, error.least
+
+
+class _Table:
+    """Memory, seconds and loss of every option, float64 [X, O], for a given age of the cache."""
+
+    def __init__(
+        self, options: Options, costs: Costs, scale: np.ndarray, use: np.ndarray, age: float
+    ):
+        stays = np.exp(-use * age)[:, None]
+        rows = np.arange(len(use))[:, None]
+        offered = np.isfinite(options.loss)
+        read = (options.missing > 0) * costs.latency + options.missing / costs.bandwidth
+        seconds = costs.compute[rows, options.used] + (1.0 - costs.overlap) * stays * read
+        self._shared, self._shared_bytes = options.shared, options.shared_bytes
+        self.values = {
+            "memory": options.held_bytes + options.missing * (1.0 - stays),
+            "seconds": np.where(offered, use[:, None] * seconds, np.inf),
+            "loss": options.loss * scale[:, None],
+        }
+
+    def problem(self, objective: str, limits: dict[str, float]) -> Problem:
+        """Least `objective` within `limits`."""
+        shared_cost = [self._shared_bytes * (name == "memory") for name in limits]
+        return Problem(
+            self.values[objective],
+            np.stack(
+                [np.where(np.isfinite(self.values[name]), self.values[name], 0) for name in limits]
+            ),
+            np.array(list(limits.values())),
+            tuple(limits),
+            shared=self._shared,
+            shared_cost=np.stack(shared_cost).astype(np.float64),
+        )

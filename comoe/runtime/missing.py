@@ -1,0 +1,113 @@
+"""Asks the rule what to do about experts of which something is missing, and makes it so for one call."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from comoe import _C
+from comoe.policy.misses import SKIP, Chosen, MissRule
+from comoe.policy.plan import Sizes
+
+RESIDENT = 2  # state of a record in the engine
+_EARLIER = np.tri(256, k=-1, dtype=bool)
+
+
+class MissHandler:
+    """Of one model. `waited`, `coarser`, `skipped`: experts that rules decided about so far."""
+
+    def __init__(self, engine: _C.Engine, sizes: Sizes):
+        self._engine, self._sizes = engine, sizes
+        self._first = np.concatenate([[0], np.cumsum(sizes.num_experts)])
+        self._masks = np.array(sizes.levels.masks, np.uint64)
+        self._bits = np.uint64(1) << np.arange(sizes.records.shape[1], dtype=np.uint64)
+        self.waited = self.coarser = self.skipped = 0
+
+    def decide(
+        self,
+        rule: MissRule,
+        layer_idx: int,
+        index: np.ndarray,
+        weights: np.ndarray,
+        low: np.ndarray,
+        want: np.ndarray,
+    ) -> tuple[np.ndarray, np.ndarray] | None:
+        """(index, levels): experts left out have index E, and levels uint8 [E] are where compute may start.
+        None: nothing that the plan aims at is missing, or all of it is waited for.
+
+        index, weights: [T, K] of the layer.  low, want: uint8 [E] of the plan.
+        """
+        num_experts = len(low)
+        experts, slot, inside = _distinct(index, num_experts)
+        if not experts.size:
+            return None
+        rows = self._first[layer_idx] + experts
+        resident = self._resident(rows, want[experts])
+        aimed = low[experts].astype(np.int64)
+        if (resident >= aimed).all():
+            return None
+        gates = weights[inside].astype(np.float64)
+        squares = np.bincount(slot, gates * gates, len(experts))
+        chosen = Chosen(
+            rows,
+            np.sqrt(squares),
+            _mass_before(weights, inside, slot, len(experts)),
+            resident,
+            aimed,
+            want[experts].astype(np.int64),
+            len(index),
+        )
+        decided = rule.decide(chosen)
+        skipped = decided == SKIP
+        self.waited += int((decided > resident).sum())
+        self.coarser += int(((decided < aimed) & ~skipped).sum())
+        self.skipped += int(skipped.sum())
+        if (decided == aimed).all():
+            return None
+        levels = low.copy()
+        levels[experts] = np.where(skipped, aimed, decided)
+        if skipped.any():
+            index = np.where(np.isin(index, experts[skipped]), num_experts, index)
+        return index, levels
+
+    def _resident(self, rows: np.ndarray, want: np.ndarray) -> np.ndarray:
+        """int64 [n]: the finest complete level at most `want`, -1: none."""
+        sizes = self._sizes
+        ids = sizes.records[rows]
+        here = (self._engine.resident()[ids] == RESIDENT) & (ids >= 0)
+        held = (here * self._bits).sum(1, dtype=np.uint64)
+        complete = ((self._masks & ~held[:, None]) == 0) & sizes.has[rows]
+        complete &= np.arange(complete.shape[1]) <= want[:, None]
+        finest = complete.shape[1] - 1 - complete[:, ::-1].argmax(1)
+        return np.where(complete.any(1), finest, -1)
+
+
+def _distinct(index: np.ndarray, num_experts: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(experts [n], each once; of each choice inside its position in them; bool [T, K], choices inside)."""
+    inside = (index >= 0) & (index < num_experts)
+    if len(index) == 1:  # a router chooses an expert once per token
+        experts = index[inside]
+        return experts, np.arange(len(experts)), inside
+    experts, slot = np.unique(index[inside], return_inverse=True)
+    return experts, slot.ravel(), inside
+
+
+def _mass_before(
+    weights: np.ndarray, inside: np.ndarray, slot: np.ndarray, count: int
+) -> np.ndarray:
+    """float64 [count]: share of a token's gate mass that experts with larger weights have; of an expert
+    that several tokens chose, the least."""
+    mass = np.where(inside, weights, 0.0).astype(np.float64)
+    if len(mass) == 1 and count <= len(_EARLIER) and inside.all():
+        # mass of the larger ones, and of equal ones before it
+        gates = mass[0]
+        larger = (gates > gates[:, None]) | ((gates == gates[:, None]) & _EARLIER[:count, :count])
+        return larger @ gates / max(gates.sum(), 1e-12)
+    order = np.argsort(-mass, axis=1, kind="stable")
+    sorted_mass = np.take_along_axis(mass, order, 1)
+    before = np.cumsum(sorted_mass, 1) - sorted_mass
+    before /= np.maximum(mass.sum(1, keepdims=True), 1e-12)
+    mine = np.empty_like(before)
+    np.put_along_axis(mine, order, before, 1)
+    least = np.full(count, np.inf)
+    np.minimum.at(least, slot, mine[inside])
+    return least
