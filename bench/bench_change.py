@@ -171,7 +171,7 @@ def through_set_memory(
     found: dict[tuple[float, float], list[Switch]] = {change: [] for change in CHANGES}
     calm: list[float] = []
     try:
-        runtime.planner = Fixed(Curve(levels, np.zeros(len(levels), np.float32)))
+        runtime.set_planner(Fixed(Curve(levels, np.zeros(len(levels), np.float32))))
         with generating(model, tokenizer) as stream:
             for _ in range(repeats):
                 for change in CHANGES:

@@ -107,9 +107,7 @@ def contenders(dst: str, memory: int) -> list[Contender]:
         Contender("separately", comoe.load(dst, memory=memory)),
     ]
     runtime = made[-1].model.comoe
-    runtime.planner = OneLevel(coarsest_within(made[-1].model, QUALITIES["balanced"]))
-    runtime.controller = runtime._controller()
-    runtime.set_memory(memory)
+    runtime.set_planner(OneLevel(coarsest_within(made[-1].model, QUALITIES["balanced"])))
     made.append(Contender("joint, resident", comoe.load(dst, memory=memory, quality="resident")))
     for quality in QUALITIES:
         made.append(Contender(f"joint, {quality}", comoe.load(dst, memory=memory, quality=quality)))

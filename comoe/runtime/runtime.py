@@ -332,6 +332,19 @@ class Runtime:
             self._govern(0, self.engine.stats(), within=True)
             return self.describe()
 
+    def set_planner(self, planner: Planner) -> None:
+        """Another way of planning, from now on. Unlike after other changes, what its first plan lacks is
+        waited for. Raises as the planner does, and changes nothing."""
+        with self._lock:
+            before = self.planner
+            self.planner = planner
+            try:
+                self.controller = self._controller()
+            except ValueError:
+                self.planner = before
+                raise
+            self._install(self.controller.plan, rising=False)
+
     def set_quality(self, quality: str | float | None) -> str:
         """Changes what may be lost: "high", "balanced", "fast", nats per token, or None: nothing is waited
         for. Returns the new plan in one line; raises GoalError, and changes nothing, if it cannot be met."""
@@ -349,8 +362,8 @@ class Runtime:
             )
         with self._lock:
             if not isinstance(self.planner, JointPlanner):
-                self.planner = joint_planner(self.store, self.store_sizes, self._experts_per_token)
-                self.controller = self._controller()
+                planner = joint_planner(self.store, self.store_sizes, self._experts_per_token)
+                self.set_planner(planner)
             change()
             self._install(self.controller.plan)
             return self.describe()
@@ -442,13 +455,14 @@ class Runtime:
     def _allowed_pool(self, coming: int, stats: dict) -> int:
         return self.budget.allowed_pool(memory.rss(), stats["resident_bytes"], coming)
 
-    def _install(self, plan: Plan) -> None:
-        """Makes `plan` true: levels at once, then memory given back or taken, then what to load."""
+    def _install(self, plan: Plan, *, rising: bool = True) -> None:
+        """Makes `plan` true: levels at once, then memory given back or taken, then what to load. rising:
+        experts that rise are computed as before until all has come, so that nothing waits for an upgrade.
+        """
         before, self.plan = self.plan, plan
         self._min_level = self.store_sizes.of_layer(plan.min_level)
         self._want_level = self.store_sizes.of_layer(plan.want_level)
-        # Experts that rise are computed as before until all has come: nothing waits for an upgrade.
-        rises = plan.resident and before is not plan and before.resident
+        rises = rising and plan.resident and before is not plan and before.resident
         self._rising = np.minimum(before.min_level, plan.min_level) if rises else None
         self._set_levels()
         base = plan.base
