@@ -124,7 +124,6 @@ class Runtime:
         table = RecordTable(store)
         self.store_sizes = store_sizes(store, table)
         self.planner = planner or planner_of(store, self.store_sizes, config, experts_per_token)
-        self.live = Live(self.store_sizes, specs, sizes.dense)
         least = self.planner.least(self.store_sizes, exact=config.exact)
         largest = self.store_sizes.largest(least)
         in_full = self.store_sizes.total(store.levels.exact)
@@ -136,6 +135,7 @@ class Runtime:
         self._slab_bytes = slab_bytes(
             min(planned, in_full + floor), largest, floor, store.page_bytes
         )
+        self.live = Live(self.store_sizes, specs, sizes.dense, self._budget_pool())
         self.controller = self._controller()
         self.plan = self.controller.plan
         self.engine, first = open_engine(
