@@ -2,6 +2,8 @@
 # packages of requirements.txt, and the native code in csrc. `make help` lists the targets.
 #
 #   PYTHON=/path/to/python3     the Python to use (3.10 or later; default: the first suitable one on PATH)
+#   VENV=.venv-old              the folder of the virtual environment (default: .venv)
+#   PACKAGES="transformers==5.7.0"  other versions than the pinned ones, installed over them; give them a VENV
 #   PIP_ARGS="..."              more arguments for pip, for instance an index with CPU builds of torch
 #   COMOE_CUDA=0                build without CUDA also where nvcc is found
 #   COMOE_CUDA_ARCHS="80;90"    GPU architectures to build for (default: the present GPU's)
@@ -14,11 +16,13 @@ MAKEFLAGS += --no-builtin-rules
 VENV := .venv
 BIN := $(VENV)/bin
 PIP_ARGS ?=
+PACKAGES ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 AARCH64_CXX ?= aarch64-linux-gnu-g++
 QEMU ?= qemu-aarch64
 SUITABLE := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))
+WHICH := import sys; print(sys.base_prefix, sys.version_info[:3])
 
 .PHONY: help demo test test-gpu bench bench-gpu lint format sanitize test-arm native-test build clean
 
@@ -74,6 +78,7 @@ test-arm: $(VENV)/.packages
 	$(BIN)/python csrc/ninja_build.py --machine aarch64 --cxx $(AARCH64_CXX) --runner $(QEMU)
 
 build: $(VENV)/.installed
+	@$(if $(PACKAGES),$(BIN)/python -m pip install -q $(PIP_ARGS) $(PACKAGES))
 	@$(BIN)/python setup.py -q build_ext --inplace
 
 $(VENV)/.installed: pyproject.toml setup.py $(VENV)/.packages
@@ -86,7 +91,13 @@ $(VENV)/.packages: requirements.txt $(VENV)/.python
 	@$(BIN)/python -m pip install -q $(PIP_ARGS) -r requirements.txt
 	@touch $@
 
-# `PYTHON` is checked when it is given; otherwise the first one that will do is taken.
+# `PYTHON` is checked when it is given, and a virtual environment of another one made anew; otherwise
+# the first one that will do is taken.
+ifneq ($(PYTHON),)
+ifneq ($(shell "$(PYTHON)" -c '$(WHICH)' 2>/dev/null),$(shell $(BIN)/python -c '$(WHICH)' 2>/dev/null))
+.PHONY: $(VENV)/.python
+endif
+endif
 $(VENV)/.python:
 	@chosen=; for p in $(or $(PYTHON),python3 python3.13 python3.12 python3.11 python3.10); do \
 	  if "$$p" -c '$(SUITABLE)' 2>/dev/null; then chosen="$$p"; break; fi; done; \

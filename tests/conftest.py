@@ -1,6 +1,7 @@
 """Fixtures that several tests share: the bundled model, packed once per run."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,14 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel's module is imported
 
 DEMO = Path(__file__).resolve().parent.parent / "comoe" / "demo_model"
+
+
+@pytest.fixture
+def ctrl_c():
+    """Children heed SIGINT, also where the tests run in the background of a shell, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")

@@ -61,9 +61,12 @@ def aggregated(packed):
     shutil.copytree(packed, folder)
     stages = []
     report = aggregate(
-        folder, sources=SOURCES, progress=lambda stage, done, total: stages.append(stage)
+        folder,
+        sources=SOURCES,
+        refine=True,
+        progress=lambda stage, done, total: stages.append(stage),
     )
-    assert {"layers", "validating"} <= set(stages)
+    assert {"layers", "refining", "validating"} <= set(stages)
     return folder, report
 
 

@@ -245,6 +245,23 @@ def test_makefile_names_what_is_wrong_with_the_python(tmp_path):
     assert str(old) in done.stderr
 
 
+@pytest.mark.parametrize("held, remade", [('exec "{}" "$@"', False), ("echo /usr 3.9", True)])
+def test_makefile_heeds_the_python_that_it_is_given(tmp_path, held, remade):
+    (tmp_path / "Makefile").write_text((ROOT / "Makefile").read_text())
+    for name in ("pyproject.toml", "setup.py", "requirements.txt"):
+        (tmp_path / name).touch()
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    for stamp in (".python", ".packages", ".installed"):
+        (tmp_path / ".venv" / stamp).touch()
+    python = tmp_path / ".venv/bin/python"
+    python.write_text(f"#!/bin/sh\n{held.format(sys.executable)}\n")
+    python.chmod(0o755)
+    command = ["make", "-n", "build", f"PYTHON={sys.executable}", "PACKAGES=numpy==2.2"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert ("-m venv --clear .venv" in done.stdout) == remade
+    assert done.stdout.count("pip install -q  numpy==2.2") == 1
+
+
 def test_makefile_arm_needs_its_tools(tmp_path):
     (tmp_path / "Makefile").write_text((ROOT / "Makefile").read_text())
     (tmp_path / ".venv").mkdir()

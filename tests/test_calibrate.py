@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import tiny_lm
 import torch
+from test_families import eager_results
+from test_families import logits as eager_logits
 
 import comoe
 from comoe.aggregate.calibrate import Batch, calibrate, plan_windows, record
@@ -78,7 +80,9 @@ FAMILIES = [  # one of each way of keeping or calling experts
 def test_experts_and_records_give_the_layers_own_output(family, tmp_path):
     if family not in moe_families.families():
         pytest.skip(f"not in this transformers: {family}")
-    model = comoe.offload(moe_families.build(family), "4GB", exact=True, folder=tmp_path / "store")
+    model = moe_families.build(family)
+    eager_results(model, lambda: eager_logits(model))
+    comoe.offload(model, "4GB", exact=True, folder=tmp_path / "store")
     outputs = {}
     forward = model.comoe.experts_forward
 

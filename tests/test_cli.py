@@ -315,7 +315,7 @@ def test_run_with_a_damaged_store(cli, packed, tmp_path):
     )
 
 
-def test_ctrl_c_while_generating(packed):
+def test_ctrl_c_while_generating(packed, ctrl_c):
     command = [
         sys.executable,
         "-m",

@@ -97,7 +97,7 @@ def aggregated(calibrated) -> Path:
 def test_aggregate_prints_what_was_chosen_and_measured(cli, calibrated, tmp_path):
     folder = tmp_path / "plain"
     shutil.copytree(calibrated[0], folder)
-    found = ok_json(cli("aggregate", folder, "--memory", "40MB", "--json"))
+    found = ok_json(cli("aggregate", folder, "--memory", "40MB", "--refine", "--json"))
     store = Store.open(folder)
     assert found["levels"] == list(store.levels.names) and found["levels"][-1] == "exact"
     assert not set(found["levels"]) & set(found["unused"])
@@ -136,7 +136,7 @@ def test_aggregate_nests_three_bits_in_four(cli, calibrated, tmp_path):
 def test_aggregate_shows_tables(cli, calibrated, tmp_path):
     folder = tmp_path / "shown"
     shutil.copytree(calibrated[0], folder)
-    status, out, err = cli("aggregate", folder, "--memory", "40MB", "--distil", 1)
+    status, out, err = cli("aggregate", folder, "--memory", "40MB", "--distil", 1, "--refine")
     assert status == 0, err
     for text in (
         "levels, coarsest first: ",

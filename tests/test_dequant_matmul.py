@@ -9,7 +9,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from triton_helpers import coded_matrices, error
+from triton_helpers import coded_matrices, error, runs_kernels
 
 from comoe_kernels.coded_matrix import CodedMatrix
 from comoe_kernels.dequant_matmul import dequant_matmul, dequant_matmul_bytes, dequant_matmul_ref
@@ -22,6 +22,7 @@ def ints(values):
     return torch.tensor(values, dtype=torch.int32)
 
 
+@runs_kernels
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize(
     "rows, cols, down, dtype",
@@ -45,6 +46,7 @@ def test_agrees_with_the_reference(bits, rows, cols, down, dtype):
     assert error(parts.sum(0), want) < 1e-5
 
 
+@runs_kernels
 def test_pages_larger_than_one_block_row_and_many_rows():
     rng = np.random.default_rng(5)
     matrix, dense, _arena = coded_matrices(rng, 2, 48, 160, 4, page_bytes=8192, down=True)
@@ -56,6 +58,7 @@ def test_pages_larger_than_one_block_row_and_many_rows():
     assert error(out, want) < 1e-5
 
 
+@runs_kernels
 def test_a_row_does_not_depend_on_the_others():
     rng = np.random.default_rng(6)
     matrix, _, _arena = coded_matrices(rng, 1, 48, 160, 3)
@@ -66,6 +69,7 @@ def test_a_row_does_not_depend_on_the_others():
         assert torch.equal(alone[0], together[row])
 
 
+@runs_kernels
 def test_no_rows_and_untouched_output():
     rng = np.random.default_rng(7)
     matrix, _, _arena = coded_matrices(rng, 1, 16, 32, 2)

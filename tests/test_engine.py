@@ -314,13 +314,16 @@ except KeyboardInterrupt:
 """
 
 
-def test_ctrl_c_ends_a_wait(tmp_path):
+def test_ctrl_c_ends_a_wait(tmp_path, ctrl_c):
     code = CTRL_C.format(tests=os.path.dirname(__file__), path=str(tmp_path / "data.bin"))
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    assert process.stdout.readline() == "waiting\n"
-    time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=60)
+    try:
+        assert process.stdout.readline() == "waiting\n"
+        time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        out, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 0 and out == "interrupted\n"
 
 

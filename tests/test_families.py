@@ -224,8 +224,8 @@ distance from the float32 run is at most twice eager's own.
   torch give the same results, more slowly.
 - *prefetch*: whether the next layer's router is understood, so that its experts are read ahead.
 
-Whole models are packed from bf16, fp16, fp32, FP8 (`fp8`, e4m3 with scales per block or tensor) and MXFP4
-(`mxfp4`, as GPT-OSS) checkpoints. Of the last two `exact` holds the experts' own codes and scales, and
+Whole models are packed from bf16, fp16, fp32, FP8 (`fp8`, e4m3 with scales per block or tensor; transformers 5.8 or
+later) and MXFP4 (`mxfp4`, as GPT-OSS) checkpoints. Of the last two `exact` holds the experts' own codes and scales, and
 computes with the weights that transformers gets with `dequantize=True`, bit for bit; dense weights are
 stored dequantised. FP8 experts keep their codes where each block is a multiple of 16 rows and 128 columns or the
 whole matrix, in families on the interface that are neither transposed nor interleaved; others are

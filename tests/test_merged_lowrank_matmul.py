@@ -3,7 +3,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
-from triton_helpers import coded_matrices, error
+from triton_helpers import coded_matrices, error, runs_kernels
 
 from comoe_kernels.merged_lowrank_matmul import (
     merged_lowrank_matmul,
@@ -28,6 +28,7 @@ def case(rng, rows, cols, rank, bits):
     return (base, v, u), (bases, vs, us), (a, b, c)
 
 
+@runs_kernels
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(
     "rows, cols, rank, bits",
@@ -43,6 +44,7 @@ def test_agrees_with_the_reference(rows, cols, rank, bits, dtype):
     assert error(out, want) < 1e-5
 
 
+@runs_kernels
 def test_many_rows_of_one_cluster():
     rng = np.random.default_rng(3)
     coded, dense, _arenas = case(rng, 24, 96, 16, 4)

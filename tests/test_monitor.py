@@ -8,7 +8,7 @@ import psutil
 import pytest
 import torch
 
-from comoe.policy.monitor import SHARE, SLOW_EVERY, Monitor
+from comoe.policy.monitor import MOST_NOTES, SHARE, SLOW_EVERY, Monitor
 from comoe.policy.nvml import Nvml
 from comoe.policy.sensors import Readings, SystemSensors
 from comoe.policy.snapshot import Estimate, Link
@@ -178,11 +178,13 @@ def test_absurd_transfers_teach_nothing(sensors, clock, num_bytes, seconds, requ
 
 
 def test_work_teaches_speeds(monitor):
-    for _ in range(50):
-        monitor.note_transfer("disk", 1e6, 2e-3)
-        monitor.note_network("http://far", 1e5, 0.1)
-        monitor.note_compute("4", 1e6, 2e-4)
-        monitor.note_dense(0.02, tokens=2)
+    for _ in range(10):
+        for _ in range(5):
+            monitor.note_transfer("disk", 1e6, 2e-3)
+            monitor.note_network("http://far", 1e5, 0.1)
+            monitor.note_compute("4", 1e6, 2e-4)
+            monitor.note_dense(0.02, tokens=2)
+        monitor.sample()
     for absurd in (0.0, -1.0, NAN, math.inf):
         monitor.note_compute("4", 1e6, absurd)
         monitor.note_compute("4", absurd, 1e-3)
@@ -193,7 +195,16 @@ def test_work_teaches_speeds(monitor):
     assert 1e5 / far.bandwidth.mean + far.latency.mean == pytest.approx(0.1, rel=0.01)
     assert snapshot.compute["4"].mean == pytest.approx(2e-10)
     assert snapshot.dense.mean == pytest.approx(0.01)
-    assert monitor.ignored == {"compute": 8, "dense": 4}
+    assert snapshot.dense.samples == disk.bandwidth.samples == 50
+    assert monitor.ignored == {"4": 8, "dense": 4}
+
+
+def test_what_one_sample_learns_from_is_bounded(monitor):
+    for i in range(10_000):
+        monitor.note_transfer("disk", 1e6, 1e-3 if i < 9_000 else 1e-2)
+    disk = monitor.sample().tiers["disk"]
+    assert disk.bandwidth.samples == MOST_NOTES  # the newest
+    assert 1e6 / disk.bandwidth.mean + disk.latency.mean == pytest.approx(1e-2, rel=0.01)
 
 
 def test_a_snapshot_does_not_change_when_more_is_learnt(monitor):

@@ -13,16 +13,23 @@ from quantized_sources import save_fp8, save_mxfp4
 from reference_runtime import ReferenceRuntime
 from safetensors.torch import load_file, save_file
 from tiny_lm import VOCABULARY, byte_tokenizer, qwen3_moe
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
 import comoe
 from comoe.hf.blocks import discover
 from comoe.hf.checkpoint import Checkpoint
+from comoe.hf.quantized import converts_fp8_experts
 from comoe.hf.safetensors_io import CheckpointError
 from comoe.packing import pack
 from comoe.policy.plan import LADDER
 from comoe.store import Store, StoreError
 from comoe.store.inspect import inspect
 
+FP8 = AUTO_QUANTIZER_MAPPING["fp8"]
+needs_fp8 = pytest.mark.skipif(
+    not converts_fp8_experts(FP8),
+    reason=f"transformers {transformers.__version__} cannot dequantise FP8 experts (docs/families.md)",
+)
 WIDE = {"hidden_size": 256, "moe_intermediate_size": 128, "num_attention_heads": 4}
 TINY = {
     "vocab_size": VOCABULARY,
@@ -75,7 +82,13 @@ SOURCES = {
 }
 
 
-@pytest.fixture(scope="module", params=SOURCES)
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(name, marks=needs_fp8 if source[1] == "float8_e4m3fn" else ())
+        for name, source in SOURCES.items()
+    ],
+)
 def packed(request, tmp_path_factory):
     """(source folder, packed folder, exact_dtype, bits of exact, padding included)"""
     save, exact_dtype, bits = SOURCES[request.param]
@@ -156,6 +169,7 @@ def test_levels_follow_the_source(packed):
 # ---- blocks that no store holds, and dense layers with ragged blocks ---------------------------------
 
 
+@needs_fp8
 @pytest.mark.parametrize("block", [(64, 64), (8, 128)])
 def test_blocks_too_small_for_the_store_are_dequantised(tmp_path, block):
     save_fp8(qwen3_moe(**WIDE), tmp_path, block)
@@ -166,6 +180,7 @@ def test_blocks_too_small_for_the_store_are_dequantised(tmp_path, block):
         assert all(map(torch.equal, got.matrices, expert.matrices))
 
 
+@needs_fp8
 @pytest.mark.parametrize("scale", [torch.tensor(0.01), torch.tensor([0.01])], ids=["0-d", "1-d"])
 def test_one_scale_for_a_tensor(tmp_path, scale):
     save_fp8(qwen3_moe(**WIDE), tmp_path)
@@ -180,6 +195,7 @@ def test_one_scale_for_a_tensor(tmp_path, scale):
         assert all((s == scale.float()).all() for s in got.scales)
 
 
+@needs_fp8
 def test_last_blocks_may_be_smaller(tmp_path):
     """576 = 4.5 * 128 rows, as in DeepSeek-V3, which transformers' own conversion refuses."""
     model = qwen3_moe(**WIDE | {"intermediate_size": 192}, mlp_only_layers=[0])
@@ -212,6 +228,7 @@ def mxfp4(tmp_path):
     return save_mxfp4(gpt_oss(), tmp_path / "mxfp4")
 
 
+@needs_fp8
 @pytest.mark.parametrize(
     "lost", ["layers.1.mlp.experts.2.up_proj.weight_scale_inv", "q_proj.weight_scale_inv"]
 )
@@ -227,6 +244,7 @@ def test_missing_mxfp4_scales(mxfp4):
         Checkpoint(mxfp4)
 
 
+@needs_fp8
 def test_scales_of_wrong_shape(fp8):
     change(fp8, lambda name, t: torch.ones(3, 7) if "2.up_proj.weight_scale_inv" in name else t)
     with pytest.raises(
@@ -250,6 +268,7 @@ def test_codes_of_wrong_shape(mxfp4):
         list(Checkpoint(mxfp4).load_experts(0))
 
 
+@needs_fp8
 def test_codes_that_are_no_numbers(fp8, tmp_path):
     def spoil(name, tensor):
         if name.endswith("layers.0.mlp.experts.2.up_proj.weight"):
@@ -265,6 +284,14 @@ def test_scales_that_are_no_numbers(mxfp4, tmp_path):
     change(mxfp4, lambda name, t: t.fill_(255) if name.endswith("down_proj_scales") else t)
     with pytest.raises(StoreError, match=r"expert 0: .*matrix down .*must be finite"):
         pack(mxfp4, tmp_path / "dst")
+
+
+def test_a_transformers_without_fp8_experts_is_refused(fp8, monkeypatch):
+    for cls in FP8.__mro__:
+        if "update_weight_conversions" in vars(cls):
+            monkeypatch.delattr(cls, "update_weight_conversions")
+    with pytest.raises(CheckpointError, match=r"cannot dequantise FP8 experts; expected 5\.8"):
+        Checkpoint(fp8)
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes"])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from comoe.aggregate.allocate import Losses
-from comoe.aggregate.refine import LEAST, MOST, refine
+from comoe.aggregate.refine import LEAST, MOST, refined
 
 EXPERTS, SIZES, LOSS = 6, np.array([2, 4, 16]), np.array([1.0, 0.25, 0.0])
 
@@ -43,7 +43,7 @@ def truth(losses: Losses, scale, curvature: float = 0.0):
 def test_true_scales_are_found_and_kept():
     losses = make_losses()
     measure = truth(losses, [3.0, 1.0, 0.5])
-    found, report = refine(losses, measure, anchor=0.2, fractions=(0.3, 0.2))
+    found, report = refined(losses, measure, anchor=0.2, fractions=(0.3, 0.2))
     assert report.kept
     assert report.scale == pytest.approx([3.0, 1.0, 0.5])
     assert found.loss == pytest.approx(losses.loss * np.repeat([3.0, 1.0, 0.5], EXPERTS)[:, None])
@@ -56,7 +56,7 @@ def test_true_scales_are_found_and_kept():
 
 def test_losses_that_are_right_stay():
     losses = make_losses()
-    found, report = refine(losses, truth(losses, np.ones(3)), anchor=0.2, fractions=(0.3, 0.2))
+    found, report = refined(losses, truth(losses, np.ones(3)), anchor=0.2, fractions=(0.3, 0.2))
     assert found is losses and not report.kept
     assert report.scale == pytest.approx(np.ones(3)) and report.after == report.before
 
@@ -73,19 +73,19 @@ def test_what_measures_worse_is_not_kept():
             return float(each[losses.layer > 0].sum())
         return float(each.sum()) + (0.0 if np.array_equal(choice, good) else 0.1)
 
-    found, report = refine(losses, measure, anchor=0.2, fractions=(0.2,))
+    found, report = refined(losses, measure, anchor=0.2, fractions=(0.2,))
     assert found is losses and not report.kept
     assert report.before[0.2] <= report.after[0.2]
 
 
 def test_scales_are_bounded():
     losses = make_losses()
-    _, report = refine(losses, truth(losses, [50.0, 1.0, 0.0]), anchor=0.2, fractions=(0.2,))
+    _, report = refined(losses, truth(losses, [50.0, 1.0, 0.0]), anchor=0.2, fractions=(0.2,))
     assert report.scale.tolist() == pytest.approx([MOST, 1.0, LEAST])
 
 
 def test_sizes_that_cannot_be_met_are_left_out():
     losses = make_losses()
     measure = truth(losses, [3.0, 1.0, 0.5])
-    found, report = refine(losses, measure, anchor=0.01, fractions=(0.2, 0.01))
+    found, report = refined(losses, measure, anchor=0.01, fractions=(0.2, 0.01))
     assert found is losses and set(report.before) == {0.2} and measure.runs == 1

@@ -174,6 +174,23 @@ def test_set_memory_down_and_up_while_generating(load, ids, plain):
     assert torch.equal(generate(model, ids, 4), expected[:, : ids.shape[1] + 4])
 
 
+def test_a_pass_in_another_thread_sees_no_half_of_a_change(load, monkeypatch):
+    """What a pass reads is whole at every moment of set_memory."""
+    from comoe.runtime import runtime as module
+
+    model = load("17MB")
+    layers, seen = len(model.comoe.specs), []
+
+    def spied(level):
+        seen.append(len(model.comoe._prefill_rows))
+        return prefill_rows(level)
+
+    prefill_rows = module.prefill_rows
+    monkeypatch.setattr(module, "prefill_rows", spied)
+    model.comoe.set_memory("9MB")
+    assert seen and set(seen) == {layers}
+
+
 def test_upgrades_fill_spare_memory_with_what_is_used(load, ids):
     model = load("7.5MB")
     least = model.comoe.plan.min_level

@@ -44,7 +44,7 @@ from comoe.aggregate.candidates import (
 from comoe.aggregate.errors import AggregateError
 from comoe.aggregate.experts import ExpertWeights
 from comoe.aggregate.judge import Judge
-from comoe.aggregate.refine import refine
+from comoe.aggregate.refine import refined
 from comoe.aggregate.spill import Spill
 from comoe.aggregate.statistics import LayerStatistics, super_experts
 from comoe.aggregate.trial import Trial, link_model
@@ -82,9 +82,9 @@ class Report:
     predicted: rows of fraction, predicted KL and KL as measured in the engine (nats per token) on held-out
     calibration text, perplexity and that of the exact model.
     distilled: level, kept, before and after (KL of all experts at that level on the held-out text that chose,
-    which measures nothing afterwards), steps and seconds; empty without distillation.  unused: levels that no point of the curve uses, which are
-    not in the store.  refined: kept, scale of each layer's losses, KL by fraction before and after
-    (comoe/aggregate/refine.py).
+    which measures nothing afterwards), steps and seconds; empty without distillation.  unused: levels that no
+    point of the curve uses, which are not in the store.  refined: kept, scale of each layer's losses, KL by fraction before and after
+    (comoe/aggregate/refine.py); empty without.
     """
 
     levels: tuple[str, ...] = ()
@@ -156,14 +156,16 @@ def aggregate(
     tokens: int = 49_152,
     sources: Sequence[Source] = SOURCES,
     validate: bool = True,
+    refine: bool = False,
     distil: int = 0,
     progress: Progress = lambda stage, done, total: None,
 ) -> Report:
     """Gives the packed folder `dst` the rungs of `sources` that are worth it, their losses and the curve.
 
     texts: domain -> text to calibrate on; None: the calibration that is in `dst`.  memory, tokens: as for
-    `calibrate`.  distil: steps of distillation of the 2-bit codes (0: none); if interrupted, the same call
-    goes on where its last checkpoint was.  Raises AggregateError, CalibrationError and StoreError; `dst` is
+    `calibrate`.  validate: measure the choices for VALIDATED in the engine.  refine: measure layers again at
+    the whole choice, and take the new losses where they choose better.  distil: steps of distillation of the
+    2-bit codes (0: none); if interrupted, the same call goes on where its last checkpoint was.  Raises AggregateError, CalibrationError and StoreError; `dst` is
     then as it was, but for a new calibration and for such checkpoints.
     """
     dst = Path(dst)
@@ -203,16 +205,18 @@ def aggregate(
                 _write_store(shop.weights.store, writer, menus, losses, progress)
                 _write_curve(partial, losses, points, report)
                 clock.note(report, "curve")
-                if validate:
+                if validate or refine:
                     # One model at a time: the exact one has done its part.
                     judge.let_go()
                     shop.close()
                     link_model(dst, partial)
                     with Trial(partial, judge, memory=memory) as trial:
-                        losses = _refined(trial, losses, partial, report, progress)
-                        clock.note(report, "refine")
-                        _validate(trial, losses, report, progress)
-                    clock.note(report, "validate")
+                        if refine:
+                            losses = _refined(trial, losses, partial, report, progress)
+                            clock.note(report, "refine")
+                        if validate:
+                            _validate(trial, losses, report, progress)
+                            clock.note(report, "validate")
                 _swap(dst, partial)
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
@@ -361,7 +365,7 @@ def _refined(
         progress("refining", min(next(runs), most), most)
         return trial.measure(choice).kl
 
-    losses, found = refine(losses, kl, anchor=ANCHOR, fractions=VALIDATED)
+    losses, found = refined(losses, kl, anchor=ANCHOR, fractions=VALIDATED)
     progress("refining", most, most)
     report.refined = {
         "kept": found.kept,

@@ -6,7 +6,8 @@ the first guess:
     choose -> run the choice, and again with one layer exact, for each layer -> what each layer really adds to
     the KL, over what was predicted -> scales of the layers' losses -> choose again -> run
 
-The new losses stay only if their choices measure no worse at any size tried, and better at one.
+The new losses stay only if their choices measure no worse at any size tried, and better at one. On the bundled
+model they do not (docs/aggregation.md), so this is an option.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Refinement:
     after: dict[float, float]
 
 
-def refine(
+def refined(
     losses: Losses, measure: Measure, *, anchor: float, fractions: Sequence[float]
 ) -> tuple[Losses, Refinement]:
     """Losses scaled at the choice for `anchor`, judged at `fractions`; those that cannot be met are left out.

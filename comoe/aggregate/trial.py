@@ -51,9 +51,7 @@ class Trial:
 
     def measure(self, levels: np.ndarray) -> Verdict:
         """levels [X], one of the store's for every expert."""
-        runtime = self._model.comoe
-        runtime.planner = Chosen(levels)
-        runtime.set_memory(runtime.budget.memory)
+        self._model.comoe.set_planner(Chosen(levels))
         return self._judge.measure_model(self._model)
 
 

@@ -111,6 +111,13 @@ def aggregate(
             help="Make 3 and 4 bits planes of one set: half the bytes to read when memory changes, for a little loss.",
         ),
     ] = False,
+    refine: Annotated[
+        bool,
+        typer.Option(
+            "--refine",
+            help="Measure each layer again at the whole choice; keep the new losses where they choose better.",
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Give a packed model more rungs, measure what each costs in quality, and choose for every budget.
@@ -124,10 +131,10 @@ def aggregate(
     """
     if (method is None) != (experts is None) or (method is not None and out is None):
         raise typer.BadParameter("--method, --experts and --out belong together")
-    for option, given in (("--distil", distil), ("--nested", nested)):
+    for option, given in (("--distil", distil), ("--nested", nested), ("--refine", refine)):
         if method is not None and given:
             raise typer.BadParameter(
-                "is about the codes of a packed model; a checkpoint made by --method has none, so leave it out",
+                "is about the rungs of a packed model; a checkpoint made by --method has none, so leave it out",
                 param_hint=option,
             )
     with output(as_json) as emit:
@@ -161,6 +168,7 @@ def aggregate(
                 memory=memory,
                 tokens=tokens,
                 sources=NESTED if nested else SOURCES,
+                refine=refine,
                 distil=distil,
                 progress=update,
             )

@@ -33,6 +33,18 @@ Exact = Annotated[bool, typer.Option("--exact", help="Use only the original weig
 Threads = Annotated[
     int, typer.Option("--threads", help="Threads for computing; 0: as many as torch takes.")
 ]
+Quality = Annotated[
+    str | None,
+    typer.Option(
+        "--quality",
+        help="resident, high, balanced, fast, or nats per token to lose: what is not held finely enough is "
+        "then read when that pays. Default: nothing is waited for.",
+    ),
+]
+LatencyTarget = Annotated[
+    float | None,
+    typer.Option("--latency-target", metavar="MS", help="Milliseconds that a token may take."),
+]
 NoVerify = Annotated[
     bool,
     typer.Option(
@@ -78,13 +90,26 @@ def callback(
 
 
 def load(
-    path: str, memory: str | None, exact: bool, threads: int = 0, verify: bool = True
+    path: str,
+    memory: str | None,
+    exact: bool,
+    threads: int = 0,
+    verify: bool = True,
+    quality: str | None = None,
+    latency_target: float | None = None,
 ) -> tuple[Any, Any]:
     """The model and its tokenizer; says in one line (stderr) what was decided."""
     quiet_transformers()
     # Checked before torch is loaded: a misspelt size should not take seconds to be refused.
     budget = None if memory is None else parse_bytes(memory, "--memory")
-    CoMoEConfig.create(threads=threads)
+    options = {
+        "exact": exact,
+        "threads": threads,
+        "verify": verify,
+        "quality": quality,
+        "latency": None if latency_target is None else latency_target / 1e3,
+    }
+    CoMoEConfig.create(**options)
     import comoe
     from comoe.baseline import warm_up
 
@@ -94,7 +119,7 @@ def load(
         torch.set_num_threads(threads)
     warm_up()
     tokenizer = comoe.load_tokenizer(path)
-    model = comoe.load(path, memory=budget, exact=exact, threads=threads, verify=verify)
+    model = comoe.load(path, memory=budget, **options)
     print(f"comoe: {model.comoe.describe()}", file=sys.stderr)
     return model, tokenizer
 
@@ -173,6 +198,8 @@ def run(
     ],
     memory: Memory = None,
     exact: Exact = False,
+    quality: Quality = None,
+    latency_target: LatencyTarget = None,
     max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", help="Most new tokens.")] = 128,
     temperature: Annotated[
         float, typer.Option("--temperature", help="0: the likeliest token each time.")
@@ -185,10 +212,13 @@ def run(
     """Continue a text, keeping within a memory budget.
 
     Example:  comoe run ./qwen3-packed -p "The ladder has" --memory 4.7GB
+    Example:  comoe run ./qwen3-packed -p "The ladder has" --memory 3GB --quality high
     """
     text = sys.stdin.read() if prompt == "-" else prompt
     with output(as_json) as emit:
-        model, tokenizer = load(path, memory, exact, threads, not no_verify)
+        model, tokenizer = load(
+            path, memory, exact, threads, not no_verify, quality, latency_target
+        )
         from comoe.generate import generate_text
 
         def show(piece: str) -> None:
@@ -235,6 +265,7 @@ def evaluate(
     ],
     memory: Memory = None,
     exact: Exact = False,
+    quality: Quality = None,
     max_tokens: Annotated[
         int | None, typer.Option("--max-tokens", help="Use only the text's first tokens.")
     ] = None,
@@ -294,7 +325,9 @@ def evaluate(
 
         def load_for(use_exact: bool) -> Any:
             # The reference may have what is free: its memory is not reported.
-            return load(path, memory if use_exact == exact else None, use_exact, threads)[0]
+            if use_exact != exact:
+                return load(path, None, use_exact, threads)[0]
+            return load(path, memory, exact, threads, quality=quality)[0]
 
         with count_bar("evaluating") as update:
             result = measure(

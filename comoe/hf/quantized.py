@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+import transformers
 from transformers import PreTrainedConfig
 from transformers.core_model_loading import (
     Concatenate,
@@ -55,8 +56,18 @@ def source_quantizer(config: PreTrainedConfig, folder: Path) -> HfQuantizer | No
         raise CheckpointError(
             f"{folder}: quantization_config is not understood: {error}"
         ) from error
+    if method == "fp8" and not converts_fp8_experts(quantizer):
+        raise CheckpointError(
+            f"{folder}: transformers {transformers.__version__} cannot dequantise FP8 experts; expected "
+            "5.8 or later: pip install -U transformers."
+        )
     quantizer.quantization_config.dequantize = True
     return quantizer
+
+
+def converts_fp8_experts(quantizer: HfQuantizer | type[HfQuantizer]) -> bool:
+    """Whether this transformers puts a dequantisation before the conversions that merge experts."""
+    return hasattr(quantizer, "update_weight_conversions")
 
 
 def _settings(config: PreTrainedConfig) -> dict | None:
@@ -65,6 +76,11 @@ def _settings(config: PreTrainedConfig) -> dict | None:
         if settings is not None:
             return settings if isinstance(settings, dict) else settings.to_dict()
     return None
+
+
+def _plain(pattern: str) -> str:
+    """A source pattern without the anchor that some versions of transformers put at its end."""
+    return pattern.removesuffix("$")
 
 
 @dataclass(frozen=True)
@@ -85,7 +101,7 @@ def find_pairs(
     end, scale_end = SUFFIXES[method]
     by_pattern: dict[str, list[TensorEntry]] = {}
     for pattern, key in sources:
-        by_pattern.setdefault(pattern, []).append(tensors[key])
+        by_pattern.setdefault(_plain(pattern), []).append(tensors[key])
     pairs = []
     for pattern, codes in by_pattern.items():
         if not pattern.endswith(end) or pattern.endswith((scale_end, "activation_scale")):
@@ -150,12 +166,14 @@ class Pick(ConversionOps):
             (tensors,) = (v for pattern, v in input_dict.items() if pattern.endswith(wanted))
             tensor = tensors[0] if self.scales else tensors[0].flatten(-2)
             return {full_layer_name: tensor.transpose(1, 2)}  # as the dequantised weights lie
+        by_pattern = {_plain(pattern): tensors for pattern, tensors in input_dict.items()}
+        # Under the patterns as they came, which the operations behind expect.
         return {
-            pattern: [_floats(s) for s in input_dict[pattern + scale_end]]
+            pattern: [_floats(s) for s in by_pattern[_plain(pattern) + scale_end]]
             if self.scales
             else [t.view(torch.uint8) for t in tensors]
             for pattern, tensors in input_dict.items()
-            if not pattern.endswith((scale_end, "activation_scale"))
+            if not _plain(pattern).endswith((scale_end, "activation_scale"))
         }
 
 

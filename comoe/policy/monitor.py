@@ -13,9 +13,8 @@ sooner than c / share later. Absurd readings are ignored and counted; the fallba
 from __future__ import annotations
 
 import math
-import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Mapping
 
 from comoe.policy.sensors import Readings, Sensors, SystemSensors
@@ -27,12 +26,13 @@ INTERVAL = 0.1  # seconds between samples at least
 SLOW_EVERY = 100  # samples between looks at the battery
 FASTEST = 1e14  # bytes/s, and weights/s; above it a clock was wrong
 SLOWEST = 1.0
+MOST_NOTES = 32  # of a kind that one sample learns from, the newest
+TIER, SOURCE, COMPUTE, DENSE = "tier", "source", "compute", "dense"
 UNKNOWN_LATENCY = 1e-4  # seconds, of a link that no profile describes
 
 
 class Monitor:
-    """Call `poll` as often as you like (0.3 us), and the note_ methods from any thread, best once for a step
-    with its sums (1 to 3 us each).
+    """Call `poll` from one thread, as often as you like, and the note_ methods from any.
 
     prior: links by tier as a device profile has them.  share: of run time that sampling may take.
     clock: seconds, for when to sample.  timer: seconds, for what a sample takes.
@@ -51,7 +51,10 @@ class Monitor:
         self._sensors = SystemSensors() if sensors is None else sensors
         self._share, self._interval = share, interval
         self._clock, self._timer = clock, timer
-        self._lock = threading.Lock()
+        # Appending to a deque is safe from any thread.
+        self._noted: defaultdict[tuple[str, str], deque[tuple[float, float, float]]] = defaultdict(
+            lambda: deque(maxlen=MOST_NOTES)
+        )
         self._tiers = {name: LinkEstimate(link) for name, link in (prior or {}).items()}
         self._sources: dict[str, LinkEstimate] = {}
         self._compute: dict[str, Smoothed] = {}
@@ -66,50 +69,45 @@ class Monitor:
         self.ignored: Counter[str] = Counter()  # absurd readings, by what they were of
 
     # ---- what the work tells ------------------------------------------------------------------
+    # Only kept here: calls lie between other work, with cold caches. The next sample learns from them.
 
     def note_transfer(self, tier: str, num_bytes: float, seconds: float, requests: int = 1) -> None:
         """`num_bytes` came from a tier in `seconds` of its working time. requests: how many came one after
         the other, each with the tier's latency; what was in flight together counts once."""
-        self._note_link(self._tiers, tier, num_bytes, seconds, requests)
+        self._noted[TIER, tier].append((num_bytes, seconds, requests))
 
     def note_network(
         self, source: str, num_bytes: float, seconds: float, requests: int = 1
     ) -> None:
         """The same of a network source."""
-        self._note_link(self._sources, source, num_bytes, seconds, requests)
+        self._noted[SOURCE, source].append((num_bytes, seconds, requests))
 
     def note_compute(self, level: str, weights: float, seconds: float) -> None:
         """One token went through `weights` weights, all at one level, with nothing waited for."""
-        if not _speed(weights, seconds):
-            self.ignored["compute"] += 1
-            return
-        with self._lock:
-            self._compute.setdefault(level, Smoothed()).add(seconds / weights)
+        self._noted[COMPUTE, level].append((weights, seconds, 1))
 
     def note_dense(self, seconds: float, tokens: int = 1) -> None:
         """What one decoding step spent outside the experts."""
-        if not (0 < seconds < math.inf and tokens > 0):
-            self.ignored["dense"] += 1
-            return
-        with self._lock:
-            self._dense.add(seconds / tokens)
+        self._noted[DENSE, DENSE].append((tokens, seconds, 1))
 
-    def _note_link(
-        self,
-        links: dict[str, LinkEstimate],
-        name: str,
-        num_bytes: float,
-        seconds: float,
-        requests: int,
-    ) -> None:
-        if not _speed(num_bytes, seconds) or not 0 < requests < math.inf:
-            self.ignored[name] += 1
-            return
-        with self._lock:
-            if name not in links:
-                first = Link(Estimate(num_bytes / seconds), Estimate(UNKNOWN_LATENCY))
-                links[name] = LinkEstimate(first)
-            links[name].add(num_bytes, seconds, requests)
+    def _learn(self) -> None:
+        """From what was noted since the last sample."""
+        for (kind, name), notes in list(self._noted.items()):
+            while notes:
+                amount, seconds, requests = notes.popleft()
+                least = 0.0 if kind == DENSE else SLOWEST
+                if not _speed(amount, seconds, least) or not 0 < requests < math.inf:
+                    self.ignored[name] += 1
+                elif kind in (TIER, SOURCE):
+                    links = self._tiers if kind == TIER else self._sources
+                    if name not in links:
+                        first = Link(Estimate(amount / seconds), Estimate(UNKNOWN_LATENCY))
+                        links[name] = LinkEstimate(first)
+                    links[name].add(amount, seconds, requests)
+                elif kind == COMPUTE:
+                    self._compute.setdefault(name, Smoothed()).add(seconds / amount)
+                else:
+                    self._dense.add(seconds / amount)
 
     # ---- what the sensors tell ----------------------------------------------------------------
 
@@ -125,8 +123,8 @@ class Monitor:
         begin = self._timer()
         now = self._now()
         readings = self._sensors.read(slow=self.samples % SLOW_EVERY == 0)
-        with self._lock:
-            self._snapshot = self._judge(now, readings)
+        self._learn()
+        self._snapshot = self._judge(now, readings)
         self._started = True
         self.samples += 1
         took = self._timer() - begin
@@ -201,8 +199,6 @@ def _within(value: float | None, low: float, high: float) -> bool:
     return value is not None and low <= value <= high and value < math.inf
 
 
-def _speed(amount: float, seconds: float) -> bool:
+def _speed(amount: float, seconds: float, least: float) -> bool:
     """Whether both are numbers above 0 with a speed that can be."""
-    return (
-        0 < amount < math.inf and 0 < seconds < math.inf and SLOWEST <= amount / seconds <= FASTEST
-    )
+    return 0 < amount < math.inf and 0 < seconds < math.inf and least <= amount / seconds <= FASTEST

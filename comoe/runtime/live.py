@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cached_property
 
 import numpy as np
 
@@ -28,33 +28,30 @@ COUNTERS = ("demand_bytes", "waits", "wait_seconds")
 LEAST_USE = 1e-3  # of an expert that the calibration text hardly used
 
 
-@cache
-def memory_bandwidth() -> float:
-    """Bytes/s at which the kernels' threads read memory; measured once, about 20 ms."""
-    block = np.ones(PROBE_BYTES, np.uint8)
+def memory_bandwidth(num_bytes: int) -> float:
+    """Bytes/s at which the kernels' threads read a block of that size, which is taken for a moment."""
+    block = np.ones(max(num_bytes, 1 << 16), np.uint8)
     best = np.inf
     for _ in range(3):
         begin = time.perf_counter()
         _C.stream_read(block)
         best = min(best, time.perf_counter() - begin)
-    return PROBE_BYTES / best
+    return block.size / best
 
 
 class Live:
     """Of one runtime. Steps of one token per sequence teach it; longer ones are another kind of work."""
 
-    def __init__(self, sizes: Sizes, specs: Sequence[ExpertsSpec], dense_bytes: int):
+    def __init__(
+        self, sizes: Sizes, specs: Sequence[ExpertsSpec], dense_bytes: int, pool_bytes: int
+    ):
+        """dense_bytes: read by every token.  pool_bytes: that experts may take, but do not yet."""
         self.monitor = Monitor(prior={TIER: FIRST_LINK})
         self.profile = InputProfile([spec.num_experts for spec in specs])
-        self._sizes = sizes
-        bandwidth = memory_bandwidth()
-        self._costs = Costs(
-            np.where(sizes.has, sizes.bytes_at / (KERNEL_SHARE * bandwidth), np.inf),
-            dense_bytes / bandwidth + LAYER_SECONDS * len(specs),
-            FIRST_LINK.bandwidth.mean,
-            FIRST_LINK.latency.mean,
-        )
+        self._sizes, self._layers = sizes, len(specs)
+        self._dense_bytes, self._pool_bytes = dense_bytes, pool_bytes
         self._dense = Smoothed()
+        self._priced = False
         self._step_began: float | None = None
         self._engine: dict | None = None  # its figures when the last step began
         self._tokens = 0
@@ -70,7 +67,7 @@ class Live:
                 self.monitor.note_transfer(
                     TIER, since["demand_bytes"], since["wait_seconds"], since["waits"]
                 )
-            if self._step_began is not None and self._tokens == 1:
+            if self._step_began is not None and self._tokens == 1 and self._priced:
                 self._learn(now - self._step_began, since["wait_seconds"], used)
         self._step_began, self._tokens = now, tokens
 
@@ -81,6 +78,19 @@ class Live:
         dense = total - waited - self._costs.compute[rows, levels[rows]].sum()
         if dense > 0:
             self._dense.add(dense)
+
+    @cached_property
+    def _costs(self) -> Costs:
+        """Before anything was learnt. Asked for first when a plan is made for time, with the pool still empty:
+        the probe stays within what experts will take."""
+        bandwidth = memory_bandwidth(min(PROBE_BYTES, self._pool_bytes))
+        self._priced = True
+        return Costs(
+            np.where(self._sizes.has, self._sizes.bytes_at / (KERNEL_SHARE * bandwidth), np.inf),
+            self._dense_bytes / bandwidth + LAYER_SECONDS * self._layers,
+            FIRST_LINK.bandwidth.mean,
+            FIRST_LINK.latency.mean,
+        )
 
     def costs(self, snapshot: Snapshot | None = None) -> Costs:
         """What things take, as far as this run has shown."""

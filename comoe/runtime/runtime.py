@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -11,11 +12,13 @@ import torch
 from comoe import _C, memory
 from comoe.config import CoMoEConfig, format_bytes, parse_bytes
 from comoe.policy.assumed import assumed_losses
-from comoe.policy.controller import Controller
+from comoe.policy.cache import CachePolicy
+from comoe.policy.controller import Controller, Decision
 from comoe.policy.curve import Curve, CurvePlanner
 from comoe.policy.goal import parse_quality
 from comoe.policy.joint import GoalError, JointPlanner, Situation
 from comoe.policy.misses import MissRule
+from comoe.policy.next_use import NextUse
 from comoe.policy.plan import EvenPlanner, Plan, Planner, Sizes
 from comoe.policy.predictor import NoPredictor, Predictor, PrefetchGauge
 from comoe.policy.snapshot import Snapshot
@@ -31,6 +34,7 @@ from comoe.runtime.engine import (
     slab_bytes,
     store_sizes,
 )
+from comoe.runtime.kept import Kept
 from comoe.runtime.live import Live
 from comoe.runtime.missing import MissHandler
 from comoe.runtime.prefill import forward_unpacked
@@ -47,6 +51,7 @@ SCRATCH_BYTES = 1_000_000  # of the kernels; disk reads go straight into the poo
 RECORD_BYTES = 400  # the engine's tables, per record
 UPGRADE_EVERY = 8  # steps between choices of experts that climb
 FOLLOW_EVERY = 64  # steps between plans for what the text uses
+PLANNING_SHARE = 0.01  # of the time that planning for the text may take
 KEPT_FREE = 0.01  # share of the machine's memory that is left to others
 CALM_STEPS = 8  # steps without pressure before the pool takes back what it lent
 
@@ -72,7 +77,7 @@ def planner_of(store: Store, sizes: Sizes, config: CoMoEConfig, experts_per_toke
 class Runtime:
     """The experts of one model: computes them, and keeps what they need within the budget.
 
-    `predictor`, `planner` and `upgrades` are the seams for better policies.
+    `predictor`, `planner`, `upgrades` and `cache` are the seams for better policies.
     """
 
     def __init__(
@@ -87,6 +92,7 @@ class Runtime:
         predictor: Predictor | None = None,
         planner: Planner | None = None,
         upgrades: UpgradePolicy | None = None,
+        cache: CachePolicy | None = None,
         on_close: Callable[[], None] | None = None,
     ):
         self.store, self.specs, self.config = store, specs, config
@@ -99,6 +105,7 @@ class Runtime:
             None  # levels in force while a better plan is being loaded
         )
         self._snapshot: Snapshot | None = None
+        self._follow_at = 0.0  # seconds of perf_counter; not before
         self._reader_core = ReaderCore()
         self._on_close = on_close
         self._lock = threading.RLock()  # one step, or one change of budget, at a time
@@ -117,7 +124,6 @@ class Runtime:
         table = RecordTable(store)
         self.store_sizes = store_sizes(store, table)
         self.planner = planner or planner_of(store, self.store_sizes, config, experts_per_token)
-        self.live = Live(self.store_sizes, specs, sizes.dense)
         least = self.planner.least(self.store_sizes, exact=config.exact)
         largest = self.store_sizes.largest(least)
         in_full = self.store_sizes.total(store.levels.exact)
@@ -129,6 +135,7 @@ class Runtime:
         self._slab_bytes = slab_bytes(
             min(planned, in_full + floor), largest, floor, store.page_bytes
         )
+        self.live = Live(self.store_sizes, specs, sizes.dense, self._budget_pool())
         self.controller = self._controller()
         self.plan = self.controller.plan
         self.engine, first = open_engine(
@@ -142,6 +149,7 @@ class Runtime:
         )
         self.records = Records(store, table)
         self.missing = MissHandler(self.engine, self.store_sizes)
+        self.kept = Kept(self.engine, cache or NextUse(self.store_sizes.num_experts), table.ids)
         self._op = _C.MoeOp(self.engine, list(store.levels.masks))
         for layer_idx, (spec, layer) in enumerate(zip(specs, store.layers, strict=True)):
             activation = spec.activation or "silu"
@@ -150,7 +158,9 @@ class Runtime:
         self._used = [np.zeros(spec.num_experts, np.uint8) for spec in specs]
         self._kernel_levels = kernel_levels(store.levels)
         self._uses, self._bits_used = 0, 0.0
-        self._predicted: dict[int, np.ndarray] = {}
+        self._predicted: dict[
+            int, tuple[int, np.ndarray]
+        ] = {}  # by layer: seen from where, experts
         self._install(self.plan)
 
     # ---- computing ------------------------------------------------------------------------------
@@ -243,7 +253,8 @@ class Runtime:
             return np.empty(0, np.int32)
         ahead = []
         for later, experts in self.predictor.predict(layer_idx, hidden):
-            self._predicted[later] = experts
+            self._predicted[later] = (layer_idx, experts)
+            self.kept.predicted(later, later - layer_idx, experts)
             ahead.append(self.records.of(later, experts, self._min_level[later][experts]))
         return np.concatenate(ahead) if ahead else np.empty(0, np.int32)
 
@@ -254,7 +265,11 @@ class Runtime:
         self._bits_used += self.records.bits(layer_idx, experts, used[experts] - 1).sum()
         predicted = self._predicted.pop(layer_idx, None)
         if predicted is not None:
-            self.gauge.note(predicted, experts)
+            since, guess = predicted
+            self.gauge.note(guess, experts)
+            self.kept.judge(layer_idx, layer_idx - since, guess, experts)
+        if not self.plan.resident:
+            self.kept.note(layer_idx, experts, used[experts].astype(np.int64) - 1)
 
     @property
     def _follows(self) -> bool:
@@ -320,6 +335,19 @@ class Runtime:
             self._govern(0, self.engine.stats(), within=True)
             return self.describe()
 
+    def set_planner(self, planner: Planner) -> None:
+        """Another way of planning, from now on. Unlike after other changes, what its first plan lacks is
+        waited for. Raises as the planner does, and changes nothing."""
+        with self._lock:
+            before = self.planner
+            self.planner = planner
+            try:
+                self.controller = self._controller()
+            except ValueError:
+                self.planner = before
+                raise
+            self._install(self.controller.plan, rising=False)
+
     def set_quality(self, quality: str | float | None) -> str:
         """Changes what may be lost: "high", "balanced", "fast", nats per token, or None: nothing is waited
         for. Returns the new plan in one line; raises GoalError, and changes nothing, if it cannot be met."""
@@ -337,8 +365,8 @@ class Runtime:
             )
         with self._lock:
             if not isinstance(self.planner, JointPlanner):
-                self.planner = joint_planner(self.store, self.store_sizes, self._experts_per_token)
-                self.controller = self._controller()
+                planner = joint_planner(self.store, self.store_sizes, self._experts_per_token)
+                self.set_planner(planner)
             change()
             self._install(self.controller.plan)
             return self.describe()
@@ -387,11 +415,20 @@ class Runtime:
             self._snapshot = snapshot
             decision = self.controller.observe(snapshot, self.engine.stats()["mapped_bytes"])
         if self._follows and self._step % FOLLOW_EVERY == 0 and self.live.profile.seen:
-            decision = self.controller.follow(self.live.profile.use()) or decision
+            decision = self._follow_text() or decision
         if decision is not None:
             lent = decision.before is not None and self.plan.pool_bytes < decision.before.pool_bytes
             most = self.plan.pool_bytes if lent else decision.after.pool_bytes
             self._install(self._plan_for(min(most, decision.after.pool_bytes)))
+
+    def _follow_text(self) -> Decision | None:
+        begin = time.perf_counter()
+        if begin < self._follow_at:
+            return None
+        decision = self.controller.follow(self.live.profile.use())
+        end = time.perf_counter()
+        self._follow_at = end + (end - begin) / PLANNING_SHARE
+        return decision
 
     def _govern(self, coming: int, stats: dict, *, within: bool = False) -> None:
         """Lends pool memory to the rest of the process, of which `coming` bytes are about to be taken,
@@ -430,13 +467,14 @@ class Runtime:
     def _allowed_pool(self, coming: int, stats: dict) -> int:
         return self.budget.allowed_pool(memory.rss(), stats["resident_bytes"], coming)
 
-    def _install(self, plan: Plan) -> None:
-        """Makes `plan` true: levels at once, then memory given back or taken, then what to load."""
+    def _install(self, plan: Plan, *, rising: bool = True) -> None:
+        """Makes `plan` true: levels at once, then memory given back or taken, then what to load. rising:
+        experts that rise are computed as before until all has come, so that nothing waits for an upgrade.
+        """
         before, self.plan = self.plan, plan
         self._min_level = self.store_sizes.of_layer(plan.min_level)
         self._want_level = self.store_sizes.of_layer(plan.want_level)
-        # Experts that rise are computed as before until all has come: nothing waits for an upgrade.
-        rises = plan.resident and before is not plan and before.resident
+        rises = rising and plan.resident and before is not plan and before.resident
         self._rising = np.minimum(before.min_level, plan.min_level) if rises else None
         self._set_levels()
         base = plan.base
@@ -448,8 +486,7 @@ class Runtime:
         for kind in (PREFETCH, UPGRADE):
             self.engine.cancel(kind)
         self.engine.evict(np.flatnonzero(~kept).astype(np.int32))
-        everything = np.arange(self.records.count, dtype=np.int32)
-        self.engine.set_value(everything, base.astype(np.float32))
+        self._set_values(base)
         self._base = base
         self.engine.forget_largest_need()
         self.engine.set_budget(plan.pool_bytes)
@@ -460,14 +497,23 @@ class Runtime:
         if isinstance(self.planner, JointPlanner):
             self._rule = self.live.rule(plan, self.planner.loss, self.planner.use)
 
+    def _set_values(self, base: np.ndarray) -> None:
+        """Where all is held, what is above the plan gets its value from `upgrades`; else from the cache."""
+        if self.plan.resident:
+            everything = np.arange(self.records.count, dtype=np.int32)
+            self.engine.set_value(everything, base.astype(np.float32))
+        else:
+            self.kept.hold(base)
+
     def _set_levels(self) -> None:
         rising = None if self._rising is None else self.store_sizes.of_layer(self._rising)
-        self._prefill_rows = []
+        rows = []
         for layer_idx, low in enumerate(self._min_level):
             least = low if rising is None else rising[layer_idx]
             self._op.set_levels(layer_idx, least, self._want_level[layer_idx])
             most = int(np.bincount(self._kernel_levels[low]).argmax())
-            self._prefill_rows.append(prefill_rows(most))
+            rows.append(prefill_rows(most))
+        self._prefill_rows = rows  # at once: a pass may be running
 
     def _has(self, records: np.ndarray) -> bool:
         """Whether all records where bool [ids] is true are resident."""

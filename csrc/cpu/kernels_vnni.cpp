@@ -388,10 +388,11 @@ constexpr int kHardwareRows = 2;
 // ---- codes ------------------------------------------------------------------------------------
 
 // decode_block to bf16; what could meet numbers under 2^-126 or over 2^127 is left to it.
+template <int pairs = kBlockCols / 2>
 inline void decode_fp8(const uint8_t* block, float scale, uint8_t* out) {
   // The code's bits are those of an fp16 number that is 2^8 times too small.
   const __m512 scales = _mm512_set1_ps(scale * 256.0f);
-  for (int p = 0; p < kBlockCols / 2; ++p) {
+  for (int p = 0; p < pairs; ++p) {
     const __m256i codes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(block + 32 * p));
     const __m512i halves = _mm512_and_si512(_mm512_slli_epi16(_mm512_cvtepi8_epi16(codes), 7),
                                             _mm512_set1_epi16(static_cast<int16_t>(0xbf80)));
@@ -403,14 +404,28 @@ inline void decode_fp8(const uint8_t* block, float scale, uint8_t* out) {
   }
 }
 
-inline void decode_mxfp4(const uint8_t* block, __m128i scales, uint8_t* out) {
-  // bf16 of 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives, twice: vpermw looks at five bits, of
-  // which the fifth belongs to the next code.
-  const __m512i table = _mm512_broadcast_i64x4(_mm256_setr_epi16(
+inline bool plain_fp8_scale(float scale) {
+  const float size = scale < 0 ? -scale : scale;
+  return size == 0 || (size > 0x1p-100f && size < 0x1p100f);
+}
+// 2..252 keep all values normal.
+inline bool plain_mxfp4_scales(__m128i scales) {
+  const __m128i offset = _mm_sub_epi8(scales, _mm_set1_epi8(2));
+  return _mm_cmple_epu8_mask(offset, _mm_set1_epi8(static_cast<char>(250))) == 0xffff;
+}
+
+// bf16 of 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives, twice: vpermw looks at five bits, of
+// which the fifth belongs to the next code.
+inline __m512i mxfp4_table() {
+  return _mm512_broadcast_i64x4(_mm256_setr_epi16(
       0x0000, 0x3f00, 0x3f80, 0x3fc0, 0x4000, 0x4040, 0x4080, 0x40c0, static_cast<int16_t>(0x8000),
       static_cast<int16_t>(0xbf00), static_cast<int16_t>(0xbf80), static_cast<int16_t>(0xbfc0),
       static_cast<int16_t>(0xc000), static_cast<int16_t>(0xc040), static_cast<int16_t>(0xc080),
       static_cast<int16_t>(0xc0c0)));
+}
+
+inline void decode_mxfp4(const uint8_t* block, __m128i scales, uint8_t* out) {
+  const __m512i table = mxfp4_table();
   // A power of two is added to the exponent, of numbers that are not 0.
   const __m512i wide = _mm512_cvtepu8_epi32(scales);
   const __m512i pairs = _mm512_or_si512(wide, _mm512_slli_epi32(wide, 16));
@@ -430,23 +445,20 @@ inline void decode_block_vnni(ExactType type, const uint8_t* block, const uint8_
   if (to == DType::bf16 && type == ExactType::fp8) {
     float scale;
     std::memcpy(&scale, scales, 4);
-    const float size = scale < 0 ? -scale : scale;
-    if (size == 0 || (size > 0x1p-100f && size < 0x1p100f)) return decode_fp8(block, scale, out);
+    if (plain_fp8_scale(scale)) return decode_fp8(block, scale, out);
   }
   if (to == DType::bf16 && type == ExactType::mxfp4) {
     const __m128i rows = _mm_loadu_si128(reinterpret_cast<const __m128i*>(scales));
-    const __m128i offset = _mm_sub_epi8(rows, _mm_set1_epi8(2));  // 2..252 keep all values normal
-    if (_mm_cmple_epu8_mask(offset, _mm_set1_epi8(static_cast<char>(250))) == 0xffff)
-      return decode_mxfp4(block, rows, out);
+    if (plain_mxfp4_scales(rows)) return decode_mxfp4(block, rows, out);
   }
   decode_block(type, block, scales, to, out);
 }
 
 // Exact bf16 times bf16: 16 rows x 2 columns an instruction. Two sums, as one would wait for its
 // latency.
-template <class Blocks, int R>
+template <int R>
 void multiply_bf16(const RunArgs& args) {
-  Blocks blocks(args);
+  PlainBlocks<DType::bf16> blocks(args);
   Prefetcher prefetcher(args);
   for (int64_t tile = 0, index = 0; tile < args.num_tiles; ++tile) {
     __m512 even[R], odd[R];
@@ -467,6 +479,141 @@ void multiply_bf16(const RunArgs& args) {
     }
     for (int r = 0; r < R; ++r)
       _mm512_storeu_ps(args.out[r] + tile * kBlockRows, _mm512_add_ps(even[r], odd[r]));
+  }
+}
+
+// The bf16 numbers of FP8 codes 0..127 times a scale, as their low and their high bytes: vpermi2b
+// looks up 64 codes at once.
+class Fp8Table {
+ public:
+  void set(const uint8_t* scale_bytes) {
+    struct Codes {
+      alignas(64) uint8_t code[kBlockRows * kBlockCols] = {};
+      constexpr Codes() {
+        for (int i = 0; i < 128; ++i) code[i] = static_cast<uint8_t>(i);
+      }
+    };
+    static constexpr Codes codes;
+    alignas(64) uint8_t decoded[kBlockRows * kBlockCols * 2];
+    float scale;
+    std::memcpy(&scale, scale_bytes, 4);
+    if (plain_fp8_scale(scale))
+      decode_fp8<4>(codes.code, scale, decoded);
+    else
+      decode_block(ExactType::fp8, codes.code, scale_bytes, DType::bf16, decoded);
+    struct Even {
+      alignas(64) uint8_t index[64] = {};
+      constexpr Even() {
+        for (int i = 0; i < 64; ++i) index[i] = static_cast<uint8_t>(2 * i);
+      }
+    };
+    static constexpr Even even;
+    const __m512i low = _mm512_load_si512(even.index), high = _mm512_or_si512(low, splat(1));
+    for (int i = 0; i < 2; ++i) {
+      const __m512i a = _mm512_load_si512(decoded + 128 * i);
+      const __m512i b = _mm512_load_si512(decoded + 128 * i + 64);
+      low_[i] = _mm512_permutex2var_epi8(a, low, b);
+      high_[i] = _mm512_permutex2var_epi8(a, high, b);
+    }
+  }
+  // Two vectors of 32 codes each, one behind the other, to bf16.
+  inline void decode(const uint8_t* from, __m512i* to) const {
+    // unpack takes the lower or the upper half of each 16 bytes.
+    const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
+    const __m512i codes = _mm512_permutexvar_epi64(order, _mm512_loadu_si512(from));
+    const __m512i low = _mm512_permutex2var_epi8(low_[0], codes, low_[1]);
+    const __m512i high = _mm512_permutex2var_epi8(high_[0], codes, high_[1]);
+    const __m512i with_sign = _mm512_ternarylogic_epi32(high, codes, splat(0x80), 0x78);
+    to[0] = _mm512_unpacklo_epi8(low, with_sign);
+    to[1] = _mm512_unpackhi_epi8(low, with_sign);
+  }
+
+ private:
+  __m512i low_[2], high_[2];
+};
+
+// As multiply_bf16 with decoded blocks, which need not go through memory.
+template <int R>
+void multiply_fp8(const RunArgs& args) {
+  BlockCursor cursor(args);
+  Prefetcher prefetcher(args);
+  const uint8_t* scales = args.params;
+  Fp8Table table;
+  for (int64_t tile = 0, index = 0; tile < args.num_tiles; ++tile) {
+    __m512 even[R], odd[R];
+    for (int r = 0; r < R; ++r) even[r] = odd[r] = _mm512_setzero_ps();
+    for (int64_t k = 0; k < args.col_blocks; ++k, ++index) {
+      if (k % kGroupBlocks == 0) {
+        table.set(scales);
+        scales += 4;
+      }
+      cursor.at(index);
+      const uint8_t* block = cursor.plane(0, index, kBlockRows * kBlockCols);
+      for (int p = 0; p < 16; p += 2) {
+        prefetcher.step<1>();
+        __m512i w[2];
+        table.decode(block + 32 * p, w);
+        for (int r = 0; r < R; ++r) {
+          const auto* x =
+              reinterpret_cast<const int8_t*>(args.rows[r]) + (k * kBlockCols + 2 * p) * 2;
+          even[r] = _mm512_dpbf16_ps(even[r], (__m512bh)w[0], (__m512bh)broadcast4(x));
+          odd[r] = _mm512_dpbf16_ps(odd[r], (__m512bh)w[1], (__m512bh)broadcast4(x + 4));
+        }
+      }
+    }
+    for (int r = 0; r < R; ++r)
+      _mm512_storeu_ps(args.out[r] + tile * kBlockRows, _mm512_add_ps(even[r], odd[r]));
+  }
+}
+
+// MXFP4: the scale, a power of two, belongs to a row of a block, so the block's sum is scaled.
+template <int R>
+void multiply_mxfp4(const RunArgs& args) {
+  BlockCursor cursor(args);
+  Prefetcher prefetcher(args);
+  const auto* scales = reinterpret_cast<const __m128i*>(args.params);
+  const __m512i table = mxfp4_table();
+  for (int64_t tile = 0, index = 0; tile < args.num_tiles; ++tile) {
+    __m512 out[R];
+    for (int r = 0; r < R; ++r) out[r] = _mm512_setzero_ps();
+    for (int64_t k = 0; k < args.col_blocks; ++k, ++index, ++scales) {
+      cursor.at(index);
+      const uint8_t* block = cursor.plane(0, index, kBlockRows * kBlockCols / 2);
+      const __m128i rows = _mm_loadu_si128(scales);
+      __m512 even[R], odd[R];
+      for (int r = 0; r < R; ++r) even[r] = odd[r] = _mm512_setzero_ps();
+      const auto add_pairs = [&](int p, __m512i w0, __m512i w1) __attribute__((always_inline)) {
+        for (int r = 0; r < R; ++r) {
+          const auto* x =
+              reinterpret_cast<const int8_t*>(args.rows[r]) + (k * kBlockCols + 2 * p) * 2;
+          even[r] = _mm512_dpbf16_ps(even[r], (__m512bh)w0, (__m512bh)broadcast4(x));
+          odd[r] = _mm512_dpbf16_ps(odd[r], (__m512bh)w1, (__m512bh)broadcast4(x + 4));
+        }
+      };
+      prefetcher.step<4>();
+      if (plain_mxfp4_scales(rows)) {
+        for (int v = 0; v < 4; ++v) {
+          const __m512i codes = _mm512_loadu_si512(block + 64 * v);
+          const auto decode = [&](int j) {
+            return _mm512_permutexvar_epi16(_mm512_srli_epi16(codes, 4 * j), table);
+          };
+          add_pairs(4 * v, decode(0), decode(1));
+          add_pairs(4 * v + 2, decode(2), decode(3));
+        }
+        const __m512 scale = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu8_epi32(rows), 23));
+        for (int r = 0; r < R; ++r)
+          out[r] = _mm512_fmadd_ps(_mm512_add_ps(even[r], odd[r]), scale, out[r]);
+      } else {
+        alignas(64) uint8_t decoded[kBlockRows * kBlockCols * 2];
+        decode_block(ExactType::mxfp4, block, reinterpret_cast<const uint8_t*>(scales), DType::bf16,
+                     decoded);
+        for (int p = 0; p < 16; p += 2)
+          add_pairs(p, _mm512_load_si512(decoded + 64 * p),
+                    _mm512_load_si512(decoded + 64 * p + 64));
+        for (int r = 0; r < R; ++r) out[r] = _mm512_add_ps(out[r], _mm512_add_ps(even[r], odd[r]));
+      }
+    }
+    for (int r = 0; r < R; ++r) _mm512_storeu_ps(args.out[r] + tile * kBlockRows, out[r]);
   }
 }
 
@@ -531,8 +678,9 @@ void multiply_rows(const RunArgs& args) {
       break;
   }
   if (args.layout.form == Form::bf16)
-    return is_coded(args.exact_dtype) ? multiply_bf16<CodedBlocks, R>(args)
-                                      : multiply_bf16<PlainBlocks<DType::bf16>, R>(args);
+    return args.exact_dtype == ExactType::fp8     ? multiply_fp8<R>(args)
+           : args.exact_dtype == ExactType::mxfp4 ? multiply_mxfp4<R>(args)
+                                                  : multiply_bf16<R>(args);
   switch (args.value_dtype) {
     case DType::fp32:
       return multiply_values<DType::fp32, R>(args);

@@ -168,6 +168,11 @@ std::string Reader::describe(const ReadTask& task, int64_t at, const std::string
          " at offset " + std::to_string(task.job.info.offset + at) + ": " + reason;
 }
 
+void Reader::request_ended(const Chunk& chunk) {
+  others_running_ -= !chunk.demand;
+  if (--running_ == 0) stats_.busy_seconds += seconds_since(busy_since_);
+}
+
 bool Reader::handle_result(Chunk& chunk, int64_t result) {
   ReadTask& task = *chunk.task;
   std::string reason;
@@ -181,7 +186,7 @@ bool Reader::handle_result(Chunk& chunk, int64_t result) {
     stats_.bytes_from_disk += result;
     if (chunk.done >= chunk.bytes) {
       stats_.buffered_reads += buffered;
-      note_ended(chunk);
+      request_ended(chunk);
       return true;
     }
     const bool aligned = chunk.done % kAlign == 0;
@@ -210,16 +215,11 @@ bool Reader::handle_result(Chunk& chunk, int64_t result) {
     std::this_thread::sleep_for(std::chrono::milliseconds(1 << chunk.attempts));
     return false;
   }
-  note_ended(chunk);
+  request_ended(chunk);
   if (task.error.empty())
     task.error = describe(task, chunk.begin + chunk.done,
                           reason + " (tried " + std::to_string(chunk.attempts) + " times)");
   return true;
-}
-
-void Reader::note_ended(const Chunk& chunk) {
-  others_running_ -= !chunk.demand;
-  if (--running_ == 0) stats_.busy_seconds += seconds_since(busy_since_);
 }
 
 bool Reader::checksum_is_right(const ReadTask& task) const {

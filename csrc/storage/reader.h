@@ -103,8 +103,8 @@ class Reader {
 
  private:
   static std::string describe(const ReadTask& task, int64_t at, const std::string& reason);
-  void note_ended(const Chunk& chunk);  // with the lock held
   bool checksum_is_right(const ReadTask& task) const;
+  void request_ended(const Chunk& chunk);  // with the lock held
 
   std::vector<std::unique_ptr<DataFile>> files_;
   std::map<int32_t, std::unique_ptr<ReadTask>> tasks_;  // by record
