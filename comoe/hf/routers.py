@@ -55,7 +55,6 @@ class LinearGate:
         bias = self.owner.bias if self.has_bias else None
         return F.linear(hidden.to(weight.dtype), weight, bias)
 
-
     def address(self) -> tuple[int, int, int, int] | None:
         """(weights, bias or 0, dtype as the kernels number it, k); None: not as the kernels read them."""
         weight = getattr(self.owner, self.name)
@@ -63,7 +62,12 @@ class LinearGate:
         plain = weight.dtype in DTYPES and weight.device.type == "cpu" and weight.is_contiguous()
         if not plain or (bias is not None and bias.dtype != weight.dtype):
             return None
-        return weight.data_ptr(), 0 if bias is None else bias.data_ptr(), DTYPES[weight.dtype], self.k
+        return (
+            weight.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            DTYPES[weight.dtype],
+            self.k,
+        )
 
 
 @dataclass(frozen=True)
@@ -204,9 +208,16 @@ class NextGate(Predictor):
             return None
         return gates[-1].choose(hidden)
 
-    def linear_gate(self, layer_idx: int) -> tuple[int, int, int, int] | None:
-        gate = self._gates[layer_idx]
-        return gate.address() if isinstance(gate, LinearGate) and self.depth == 1 else None
+    def linear_gates(self, layer_idx: int) -> list[tuple[int, tuple[int, int, int, int]]]:
+        gates = []
+        for later, gate in enumerate(
+            self._gates[layer_idx : layer_idx + self.depth], layer_idx + 1
+        ):
+            address = gate.address() if isinstance(gate, LinearGate) else None
+            if address is None:
+                return gates if gate is None else []
+            gates.append((later, address))
+        return gates
 
     def predict(self, layer_idx: int, hidden: torch.Tensor) -> list[tuple[int, np.ndarray]]:
         """Likely experts of the next layers, nearest layer and most wanted first; [] where the next router

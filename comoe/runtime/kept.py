@@ -25,9 +25,13 @@ class Kept:
         self, engine: _C.Engine, policy: CachePolicy | _C.MoePolicy, ids: Sequence[np.ndarray]
     ):
         self._engine, self._policy, self._ids = engine, policy, ids
-        self.watches = not isinstance(policy, _C.MoePolicy)  # whether note and predicted are to be called
+        self.watches = not isinstance(
+            policy, _C.MoePolicy
+        )  # whether note and predicted are to be called
         self._chances = RankChances(len(ids))
-        self._predicted: dict[int, tuple[int, np.ndarray]] = {}  # by layer: seen from where, experts
+        self._predicted: dict[
+            int, tuple[int, np.ndarray]
+        ] = {}  # by layer: seen from where, experts
         self._tokens = 0
         self._cached: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
 

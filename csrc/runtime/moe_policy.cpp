@@ -136,19 +136,24 @@ void MoePolicy::choose(int later, const MoeInput& in, Guess& guess) const {
                    [&](int32_t a, int32_t b) { return votes[a] > votes[b]; });
 }
 
-std::vector<int32_t> MoePolicy::read_ahead(int layer_idx, Guess& guess, const MoeInput& in) {
-  std::vector<int32_t> ids;
-  if (guess.later <= layer_idx || guess.later >= op_.num_layers()) return ids;
-  if (guess.experts.empty() && guess.gate.weight) choose(guess.later, in, guess);
-  for (int32_t e : guess.experts)
-    if (e < 0 || e >= count(guess.later))
+std::vector<Ahead> MoePolicy::read_ahead(int layer_idx, std::vector<Guess>& guesses,
+                                         const MoeInput& in) {
+  std::vector<Ahead> ahead;
+  for (Guess& guess : guesses) {
+    if (guess.later <= layer_idx || guess.later >= op_.num_layers())
       throw std::invalid_argument("MoePolicy.read_ahead: layer " + std::to_string(guess.later) +
-                                  " has no expert " + std::to_string(e));
-  if (guess.experts.empty()) return ids;
-  predicted_[guess.later] = {layer_idx, guess.experts};
-  if (cache_) cache_->predicted(guess.later, guess.later - layer_idx, guess.experts);
-  op_.append_records(guess.later, guess.experts, ids);
-  return ids;
+                                  " does not come after layer " + std::to_string(layer_idx));
+    if (guess.experts.empty() && guess.gate.weight) choose(guess.later, in, guess);
+    for (int32_t e : guess.experts)
+      if (e < 0 || e >= count(guess.later))
+        throw std::invalid_argument("MoePolicy.read_ahead: layer " + std::to_string(guess.later) +
+                                    " has no expert " + std::to_string(e));
+    if (guess.experts.empty()) continue;
+    predicted_[guess.later] = {layer_idx, guess.experts};
+    if (cache_) cache_->predicted(guess.later, guess.later - layer_idx, guess.experts);
+    ahead.push_back({guess.later, guess.later - layer_idx, std::move(guess.experts)});
+  }
+  return ahead;
 }
 
 void MoePolicy::ran(int layer, const std::vector<uint8_t>& used) {
@@ -178,7 +183,7 @@ void MoePolicy::ran(int layer, const std::vector<uint8_t>& used) {
 }
 
 void MoePolicy::step(int layer, const MoeInput& in, void* out, int64_t part, const uint8_t* low,
-                     Guess guess) {
+                     std::vector<Guess> guesses) {
   note_routing(layer, in);
   const int64_t* index = in.expert_idx;
   std::unique_ptr<Decided> decided;
@@ -187,7 +192,7 @@ void MoePolicy::step(int layer, const MoeInput& in, void* out, int64_t part, con
     index = decided->index.data();
     low = decided->low.data();
   }
-  std::vector<int32_t> ahead = read_ahead(layer, guess, in);
+  std::vector<Ahead> ahead = read_ahead(layer, guesses, in);
   std::vector<uint8_t> used(count(layer), 0);
   const int64_t H = op_.layer(layer).spec.geometry.hidden;
   for (int64_t t = 0; t < in.T; t += part) {
