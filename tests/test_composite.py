@@ -200,7 +200,7 @@ def test_prefill_of_every_level(store, op, in_torch):
             used = np.zeros(spec.num_experts, np.uint8)
             out = forward_unpacked(
                 op.op, layer_idx, layer, x, index, torch.ones(index.shape), used,
-                np.empty(0, np.int32),
+                _C.AheadList(),
             )  # fmt: skip
             assert (used[has] == level + 1).all()
             if in_torch:
@@ -238,7 +238,7 @@ def test_sizes_and_bits_count_shares(store):
         for layer, g in zip(store.layers, geometry, strict=True)
     )
     assert sizes.has[3].tolist() == store.layers[0].has_levels(LEVELS)[3].tolist()
-    bits = records.bits(0, np.arange(4), np.full(4, base))
+    bits = records.bits[0][:4, base]
     alone = 8 * geometry[0].coded_bytes(0, 2) / geometry[0].num_weights
     np.testing.assert_allclose(bits, alone / 2)
     ids = records.in_order(sizes.chosen(sizes.all_at(base)))

@@ -77,7 +77,7 @@ class MoePolicy {
 
  private:
   struct Predicted {
-    int since = -1;  // the layer that guessed; -1: nobody
+    int since;  // the layer that guessed
     std::vector<int32_t> experts;
   };
   void choose(int later, const MoeInput& input, Guess& guess) const;
@@ -95,7 +95,7 @@ class MoePolicy {
   PolicyCounters counters_;
   std::vector<std::vector<double>> bits_;  // [layers][E, levels]
   std::vector<uint8_t> used_;
-  std::vector<Predicted> predicted_;
+  std::vector<std::vector<Predicted>> predicted_;  // of each layer, the nearest guess last
 };
 
 }  // namespace comoe
