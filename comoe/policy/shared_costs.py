@@ -169,9 +169,11 @@ class Groups:
         self._lines = np.arange(len(rows))
         bits = np.array([bits for bits, _, _ in blocks])
         states = np.arange(cost.shape[1])
-        self._allows = (bits & ~states[:, None]) == 0  # [states, classes]
-        self._forbids = np.where(self._allows, 0.0, np.inf)
-        self._flat = table.reshape(len(table), -1)
+        allows = (bits & ~states[:, None]) == 0  # [states, classes]
+        self._allowed = [np.flatnonzero(row) for row in allows]
+        self._forbids = np.where(allows, 0.0, np.inf).T
+        self._group = np.repeat(np.arange(len(sizes)), sizes)
+        self._flat, self._flat_cost = table.reshape(len(table), -1), cost.reshape(len(cost), -1)
         self._buffers = np.empty((2, self._flat.shape[1]))
 
     @classmethod
@@ -209,11 +211,16 @@ class Groups:
             else:
                 column[i] = first + values[:, first:end].argmin(1)
                 least[i] = values[self._lines, column[i]]
-        states = np.stack([least[allowed].min(0) for allowed in self._allows])
+        states = np.empty((len(self._allowed), len(self.rows)))
+        for state, blocks in zip(states, self._allowed, strict=True):
+            if len(blocks) == 1:
+                state[:] = least[blocks[0]]
+            else:
+                np.minimum.reduce(least[blocks], axis=0, out=state)
         sums = np.add.reduceat(states, self._starts, axis=1)
-        sums += np.tensordot(multipliers, self.cost, 1)
+        sums += (multipliers @ self._flat_cost).reshape(sums.shape)
         state = sums.argmin(0)  # of equal ones the one with fewer open
-        block = (least + self._forbids[np.repeat(state, self.sizes)].T).argmin(0)
+        block = (least + self._forbids[:, state[self._group]]).argmin(0)
         chosen = column[block, self._lines]
         totals = self._flat.take(self._lines * self.order.shape[1] + chosen, axis=1).sum(1)
         totals[1:] += self.cost[:, state, np.arange(len(state))].sum(1)
