@@ -110,14 +110,18 @@ static py::object remote_take(Engine& engine, double timeout, int64_t gap, int64
   return std::move(list);
 }
 
-static bool remote_done(Engine& engine, int64_t ticket, const py::buffer& data) {
+static py::object remote_done(Engine& engine, int64_t ticket, const py::buffer& data) {
   const py::buffer_info info = data.request();
   if (!PyBuffer_IsContiguous(info.view(), 'C'))
     throw std::invalid_argument(
         "remote_done: data: expected contiguous memory, got a strided view; copy it first");
-  py::gil_scoped_release release;
-  return engine.remote().done(ticket, static_cast<const uint8_t*>(info.ptr),
-                              info.size * info.itemsize);
+  Handed handed;
+  {
+    py::gil_scoped_release release;
+    handed = engine.remote().done(ticket, static_cast<const uint8_t*>(info.ptr),
+                                  info.size * info.itemsize);
+  }
+  return handed == Handed::closed ? py::object(py::none()) : py::bool_(handed == Handed::taken);
 }
 
 static py::dict stats_dict(const EngineStats& s) {
@@ -251,8 +255,9 @@ void bind_engine(py::module_& m) {
            "fewer than `most_others` takes of them are open. A list, by offset, of (ticket, "
            "record, file, offset, nbytes, demand); None once the engine is closed.")
       .def("remote_done", &remote_done, py::arg("ticket"), py::arg("data"),
-           "Hands a record's payload in. False if its checksum is wrong: then the ticket stays "
-           "open, for the same bytes from elsewhere.")
+           "Hands a record's payload in: True. False if its checksum is wrong: then the ticket "
+           "stays "
+           "open, for the same bytes from elsewhere. None if the ticket was closed already.")
       .def(
           "remote_failed",
           [](Engine& engine, int64_t ticket, const std::string& message) {

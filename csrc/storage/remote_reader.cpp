@@ -126,15 +126,15 @@ std::vector<RemoteRequest> RemoteReader::take(double timeout_seconds, int64_t ga
   return taken;
 }
 
-bool RemoteReader::done(int64_t ticket, const uint8_t* data, int64_t bytes) {
+Handed RemoteReader::done(int64_t ticket, const uint8_t* data, int64_t bytes) {
   uint32_t expected;
   {
     std::lock_guard<std::mutex> lock(mutex_);
     const auto found = open_.find(ticket);
-    if (found == open_.end()) return true;
+    if (found == open_.end()) return Handed::closed;
     if (found->second.job.info.bytes != bytes) {
       ++stats_.refused;
-      return false;
+      return Handed::wrong;
     }
     expected = found->second.job.info.crc32c;
   }
@@ -142,14 +142,14 @@ bool RemoteReader::done(int64_t ticket, const uint8_t* data, int64_t bytes) {
   std::unique_lock<std::mutex> lock(mutex_);
   if (!right) {
     ++stats_.refused;
-    return false;
+    return Handed::wrong;
   }
   const auto found = open_.find(ticket);  // another source may have been first
-  if (found == open_.end()) return true;
+  if (found == open_.end()) return Handed::closed;
   stats_.bytes += bytes;
   ++stats_.records;
   close(lock, found, ReadStatus::ok, "", data);
-  return true;
+  return Handed::taken;
 }
 
 void RemoteReader::failed(int64_t ticket, const std::string& message) {

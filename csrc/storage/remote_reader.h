@@ -27,6 +27,12 @@ struct RemoteRequest {
   bool demand;
 };
 
+enum class Handed {
+  wrong,   // not the record's checksum: the ticket stays open
+  taken,   // the record is in its pages
+  closed,  // the ticket was closed before; nothing was looked at
+};
+
 struct RemoteStats {
   int64_t bytes = 0, records = 0;  // handed in, with the right checksum
   int64_t refused = 0;             // with a wrong one
@@ -53,9 +59,7 @@ class RemoteReader {
   bool stopped() const;
   bool has_demand() const;  // that nobody has taken
 
-  // False if the checksum is wrong, and then the ticket stays open. True when the record is in its
-  // pages, and also when the ticket is closed already: then the bytes are of no use any more.
-  bool done(int64_t ticket, const uint8_t* data, int64_t bytes);
+  Handed done(int64_t ticket, const uint8_t* data, int64_t bytes);
   void failed(int64_t ticket, const std::string& message);  // the record fails like any read
   bool is_open(int64_t ticket) const;
   bool is_demanded(int64_t ticket) const;  // now: a prefetch may have become demand

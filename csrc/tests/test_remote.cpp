@@ -121,14 +121,14 @@ static void test_checksums() {
   CHECK(taken.size() == 3);
   auto wrong = jobs.payloads[0];
   wrong[4999] ^= 1;
-  CHECK(!remote.done(taken[0].ticket, wrong.data(), 5000));
-  CHECK(!remote.done(taken[0].ticket, jobs.payloads[0].data(), 4999));  // cut off
-  CHECK(!remote.done(taken[0].ticket, jobs.payloads[1].data(), 5000));  // another's
+  CHECK(remote.done(taken[0].ticket, wrong.data(), 5000) == Handed::wrong);
+  CHECK(remote.done(taken[0].ticket, jobs.payloads[0].data(), 4999) == Handed::wrong);  // cut off
+  CHECK(remote.done(taken[0].ticket, jobs.payloads[1].data(), 5000) == Handed::wrong);  // another's
   CHECK(results.done.empty() && remote.is_open(taken[0].ticket));
   CHECK(jobs.memory[0][0] == 0xA5);  // nothing was written that was not verified
-  CHECK(remote.done(taken[0].ticket, jobs.payloads[0].data(), 5000));
+  CHECK(remote.done(taken[0].ticket, jobs.payloads[0].data(), 5000) == Handed::taken);
   CHECK(results.done.at(0).first == ReadStatus::ok && jobs.holds(0));
-  CHECK(remote.done(taken[0].ticket, wrong.data(), 5000));  // too late: of no use
+  CHECK(remote.done(taken[0].ticket, wrong.data(), 5000) == Handed::closed);  // too late: of no use
   CHECK(jobs.holds(0) && !remote.is_open(taken[0].ticket));
   remote.failed(taken[1].ticket, "no source has it");
   remote.failed(taken[1].ticket, "again");
@@ -140,7 +140,8 @@ static void test_checksums() {
   std::thread waiter([&] { CHECK(remote.take(60, 0, 1, 1).empty()); });
   remote.stop();
   waiter.join();
-  CHECK(remote.stopped() && remote.done(taken[2].ticket, jobs.payloads[2].data(), 5000));
+  CHECK(remote.stopped());
+  CHECK(remote.done(taken[2].ticket, jobs.payloads[2].data(), 5000) == Handed::closed);
   remote.failed(taken[2].ticket, "late");
   remote.submit(jobs.job(2, true));
   CHECK(results.done.count(2) == 0 && remote.take(0, 0, 1, 1).empty());
@@ -205,11 +206,11 @@ static void serve(Engine& engine, const RemoteFile& file, int bad, std::atomic<i
       auto data = file.payloads[request.record];
       if (bad > 0 && ++answers % bad == 0) {
         data[answers % kBytes] ^= 0x40;
-        CHECK(!engine.remote().done(request.ticket, data.data(), kBytes));
+        CHECK(engine.remote().done(request.ticket, data.data(), kBytes) == Handed::wrong);
         data = file.payloads[request.record];
       }
       ++fetched;
-      CHECK(engine.remote().done(request.ticket, data.data(), kBytes));
+      CHECK(engine.remote().done(request.ticket, data.data(), kBytes) != Handed::wrong);
     }
 }
 
