@@ -55,6 +55,7 @@ UPGRADE_EVERY = 8  # steps between choices of experts that climb
 FOLLOW_EVERY = 64  # steps between plans for what the text uses
 PLANNING_SHARE = 0.01  # of the time that planning for the text may take
 KEPT_FREE = 0.01  # share of the machine's memory that is left to others
+GIVING_UP = 5  # times that a layer is computed anew because what it waited for did not come
 CALM_STEPS = 8  # steps without pressure before the pool takes back what it lent
 
 
@@ -152,9 +153,11 @@ class Runtime:
             verify=config.verify or remote is not None,
             remote=remote is not None,
         )
-        self.remote = None if remote is None else Remote(self.engine, remote, table)
         self.records = Records(store, table)
         self.missing = MissHandler(self.engine, self.store_sizes)
+        self.remote = remote and Remote(
+            self.engine, remote, table, self.store_sizes, self.missing, least, config.exact
+        )
         self.kept = Kept(self.engine, cache or NextUse(self.store_sizes.num_experts), table.ids)
         self._op = _C.MoeOp(self.engine, list(store.levels.masks))
         for layer_idx, (spec, layer) in enumerate(zip(specs, store.layers, strict=True)):
@@ -189,7 +192,7 @@ class Runtime:
                 "experts_forward: this model's experts were closed; load the model again to use it"
             )
         spec = self.specs[layer_idx]
-        tokens, k = top_k_index.shape
+        tokens = top_k_index.shape[0]
         # An encoder runs before its model's own pass begins.
         per_layer = max(self._per_layer, tokens * self.budget.sizes.activations_per_token)
         if per_layer >= LONG_STEP:
@@ -206,6 +209,53 @@ class Runtime:
         ahead = self._predict(layer_idx, hidden)
         index = self._face_misses(layer_idx, index, top_k_weights)
         used = np.zeros(spec.num_experts, np.uint8)
+        if self.remote is None or self.config.exact:
+            out = self._compute(layer_idx, hidden, index, top_k_weights, used, ahead)
+        else:
+            out = self._compute_from_afar(layer_idx, hidden, index, top_k_weights, used, ahead)
+        self._note_used(layer_idx, used)
+        return out
+
+    def _compute_from_afar(
+        self,
+        layer_idx: int,
+        hidden: torch.Tensor,
+        index: torch.Tensor,
+        weights: torch.Tensor,
+        used: np.ndarray,
+        ahead: np.ndarray,
+    ) -> torch.Tensor:
+        """As `_compute`, without waiting for what cannot come in time."""
+        low, want = self._low[layer_idx], self._want_level[layer_idx]
+        rule = self._rule is not None
+        for left in reversed(range(GIVING_UP)):
+            faced = self.remote.face(layer_idx, index.numpy(), low, want, rule=rule)
+            if faced is None:
+                return self._compute(layer_idx, hidden, index, weights, used, ahead)
+            self._op.set_levels(layer_idx, faced[1], want)
+            try:
+                with self.remote.waiting(faced[2]):
+                    chosen = torch.from_numpy(faced[0])
+                    return self._compute(layer_idx, hidden, chosen, weights, used, ahead)
+            except OSError as error:
+                if not left or not self.remote.gave_up(error):
+                    raise
+                rule = False
+            finally:
+                self._op.set_levels(layer_idx, low, want)
+
+    def _compute(
+        self,
+        layer_idx: int,
+        hidden: torch.Tensor,
+        index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+        used: np.ndarray,
+        ahead: np.ndarray,
+    ) -> torch.Tensor:
+        """Weighted sum of the chosen experts at the levels that are set; `used` uint8 [E] becomes level + 1."""
+        spec = self.specs[layer_idx]
+        tokens, k = index.shape
         rows = tokens * k / min(spec.num_experts, max(tokens * k, 1))
         part = max(EXPERT_ROWS // (4 * k * (spec.hidden + spec.intermediate)), 1)
         # Parts would read missing experts again, so there all tokens go through one expert at a time.
@@ -233,7 +283,6 @@ class Runtime:
                     used,
                     ahead,
                 )
-        self._note_used(layer_idx, used)
         return out
 
     def _face_misses(
@@ -251,6 +300,7 @@ class Runtime:
         if decided is not None:
             index, low = torch.from_numpy(decided[0]), decided[1]
         self._op.set_levels(layer_idx, low, want)
+        self._low[layer_idx] = low
         return index
 
     def _predict(self, layer_idx: int, hidden: torch.Tensor) -> np.ndarray:
@@ -316,6 +366,8 @@ class Runtime:
             if self._rising is not None and self._has(self._base):
                 self._rising = None
                 self._set_levels()
+            if self.remote is not None and self.remote.begin_step():
+                self._ask_for_plan()
             if not self.plan.resident:
                 self._reader_core.begin(step.batch * step.tokens, engine["wait_seconds"])
 
@@ -496,12 +548,16 @@ class Runtime:
         self._base = base
         self.engine.forget_largest_need()
         self.engine.set_budget(plan.pool_bytes)
-        # Then, until the cache knows better, whatever fits of what the plan aims at.
-        self.engine.request(self.records.in_order(base), UPGRADE)
-        self.engine.request(self.records.in_order(aimed & ~base), UPGRADE)
+        self._ask_for_plan()
         self._rule = None
         if isinstance(self.planner, JointPlanner):
             self._rule = self.live.rule(plan, self.planner.loss, self.planner.use)
+
+    def _ask_for_plan(self) -> None:
+        """Then, until the cache knows better, whatever fits of what the plan aims at."""
+        aimed = self._base | self.store_sizes.chosen(self.plan.min_level)
+        self.engine.request(self.records.in_order(self._base), UPGRADE)
+        self.engine.request(self.records.in_order(aimed & ~self._base), UPGRADE)
 
     def _set_values(self, base: np.ndarray) -> None:
         """Where all is held, what is above the plan gets its value from `upgrades`; else from the cache."""
@@ -514,8 +570,9 @@ class Runtime:
     def _set_levels(self) -> None:
         rising = None if self._rising is None else self.store_sizes.of_layer(self._rising)
         rows = []
+        self._low = list(self._min_level if rising is None else rising)  # that compute may start at
         for layer_idx, low in enumerate(self._min_level):
-            least = low if rising is None else rising[layer_idx]
+            least = self._low[layer_idx]
             self._op.set_levels(layer_idx, least, self._want_level[layer_idx])
             most = int(np.bincount(self._kernel_levels[low]).argmax())
             rows.append(prefill_rows(most))
