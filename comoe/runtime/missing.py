@@ -75,6 +75,14 @@ class MissHandler:
             index = np.where(np.isin(index, experts[skipped]), num_experts, index)
         return index, levels
 
+    def row_of(self, layer_idx: int, experts: np.ndarray) -> np.ndarray:
+        """Rows of the sizes for experts of a layer."""
+        return self._first[layer_idx] + experts
+
+    def finest_here(self, layer_idx: int, experts: np.ndarray, want: np.ndarray) -> np.ndarray:
+        """int64 [n]: of each expert the finest level at most `want` that is complete here, -1: none."""
+        return self._resident(self.row_of(layer_idx, experts), want)
+
     def _resident(self, rows: np.ndarray, want: np.ndarray) -> np.ndarray:
         """int64 [n]: the finest complete level at most `want`, -1: none."""
         sizes = self._sizes

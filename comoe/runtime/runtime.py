@@ -38,8 +38,10 @@ from comoe.runtime.live import Live
 from comoe.runtime.missing import MissHandler, native_rule
 from comoe.runtime.prefill import forward_unpacked
 from comoe.runtime.reader_core import ReaderCore
+from comoe.runtime.remote import FETCH_BYTES, Remote
 from comoe.runtime.spec import ExpertsSpec
 from comoe.store import Store
+from comoe.tiers.remote_store import RemoteStore
 from comoe_kernels.expert_ffn import prefill_rows
 from comoe_kernels.threads import use_own_threads
 from comoe_kernels.unpack import DTYPES
@@ -53,6 +55,7 @@ FOLLOW_EVERY = 64  # steps between plans for what the text uses
 PLANNING_SHARE = 0.01  # of the time that planning for the text may take
 KEPT_FREE = 0.01  # share of the machine's memory that is left to others
 NATIVE_GATE_TOKENS = 8  # more are a product for torch
+GIVING_UP = 5  # times that a layer is computed anew because what it waited for did not come
 CALM_STEPS = 8  # steps without pressure before the pool takes back what it lent
 
 
@@ -74,6 +77,11 @@ def planner_of(store: Store, sizes: Sizes, config: CoMoEConfig, experts_per_toke
     return CurvePlanner(Curve(losses["curve_level"], losses["curve_loss"]))
 
 
+def _routing(index: torch.Tensor, weights: torch.Tensor) -> tuple[int, int, int, int]:
+    """As the native half wants it: addresses of int64 and float32 [T, K]; T, K."""
+    return index.data_ptr(), weights.data_ptr(), *index.shape
+
+
 class Runtime:
     """The experts of one model: computes them, and keeps what they need within the budget.
 
@@ -93,6 +101,7 @@ class Runtime:
         planner: Planner | None = None,
         upgrades: UpgradePolicy | None = None,
         cache: CachePolicy | None = None,
+        remote: RemoteStore | None = None,
         on_close: Callable[[], None] | None = None,
     ):
         self.store, self.specs, self.config = store, specs, config
@@ -130,6 +139,7 @@ class Runtime:
         floor = pool_floor(largest, in_full, store.page_bytes)
         total = memory.available() if config.memory is None else config.memory
         fixed = SCRATCH_BYTES + RECORD_BYTES * sum(layer.records.size for layer in store.layers)
+        fixed += FETCH_BYTES if remote is not None else 0
         self.budget = Budget(total, baseline, sizes, floor, fixed)
         planned = self.budget.planned_pool(config.max_context)
         self._slab_bytes = slab_bytes(
@@ -145,10 +155,14 @@ class Runtime:
             self._slab_bytes,
             io_threads=config.io_threads,
             direct=config.direct_io,
-            verify=config.verify,
+            verify=config.verify or remote is not None,
+            remote=remote is not None,
         )
         self.records = Records(store, table)
         self.missing = MissHandler(self.engine, self.store_sizes)
+        self.remote = remote and Remote(
+            self.engine, remote, table, self.store_sizes, self.missing, least, config.exact
+        )
         self._op = _C.MoeOp(self.engine, list(store.levels.masks))
         for layer_idx, (spec, layer) in enumerate(zip(specs, store.layers, strict=True)):
             activation = spec.activation or "silu"
@@ -182,8 +196,7 @@ class Runtime:
             raise RuntimeError(
                 "experts_forward: this model's experts were closed; load the model again to use it"
             )
-        spec = self.specs[layer_idx]
-        tokens, k = top_k_index.shape
+        tokens = top_k_index.shape[0]
         # An encoder runs before its model's own pass begins.
         per_layer = max(self._per_layer, tokens * self.budget.sizes.activations_per_token)
         if per_layer >= LONG_STEP:
@@ -198,9 +211,68 @@ class Runtime:
             hidden = hidden.contiguous()
         index = top_k_index.to(torch.int64).contiguous()
         weights = top_k_weights.to(torch.float32).contiguous()
-        routing = (index.data_ptr(), weights.data_ptr(), tokens, k)
         guesses = self._guess(layer_idx, hidden)
         index, low = self._face_misses(layer_idx, index, weights)
+        if self.remote is None or self.config.exact:
+            out = self._compute(layer_idx, hidden, index, weights, top_k_weights, low, guesses)
+        else:
+            out = self._compute_from_afar(
+                layer_idx, hidden, index, weights, top_k_weights, low, guesses
+            )
+        if self.kept.watches and not self.plan.resident:
+            self.kept.note(layer_idx, self._used[layer_idx])
+        return out
+
+    def _compute_from_afar(
+        self,
+        layer_idx: int,
+        hidden: torch.Tensor,
+        index: torch.Tensor,
+        weights: torch.Tensor,
+        top_k_weights: torch.Tensor,
+        low: np.ndarray | None,
+        guesses: list[tuple],
+    ) -> torch.Tensor:
+        """As `_compute`, without waiting for what cannot come in time."""
+        rule = self._judges  # what the rule left to be waited for is worth it
+        if low is None:
+            decided = self._policy.decide(layer_idx, *_routing(index, weights))
+            index, low = (
+                (torch.from_numpy(decided[0]), decided[1])
+                if decided
+                else (index, self._low[layer_idx])
+            )
+        want = self._want_level[layer_idx]
+        for left in reversed(range(GIVING_UP)):
+            faced = self.remote.face(layer_idx, index.numpy(), low, want, rule=rule)
+            chosen, levels, dispensable = faced or (index.numpy(), low, np.empty(0, np.int32))
+            try:
+                with self.remote.waiting(dispensable):
+                    chosen = torch.from_numpy(chosen)
+                    return self._compute(
+                        layer_idx, hidden, chosen, weights, top_k_weights, levels, guesses
+                    )
+            except OSError as error:
+                if not left or not self.remote.gave_up(error):
+                    raise
+                rule = False
+        raise AssertionError("unreachable")
+
+    def _compute(
+        self,
+        layer_idx: int,
+        hidden: torch.Tensor,
+        index: torch.Tensor,
+        weights: torch.Tensor,
+        top_k_weights: torch.Tensor,
+        low: np.ndarray | None,
+        guesses: list[tuple],
+    ) -> torch.Tensor:
+        """Weighted sum of the chosen experts. weights: float32, as the router's `top_k_weights`.  low: uint8 [E],
+        levels that compute may start at; None: as the plan and its rule say."""
+        spec = self.specs[layer_idx]
+        tokens, k = index.shape
+        routing = _routing(index, weights)
         rows = tokens * k / min(spec.num_experts, max(tokens * k, 1))
         part = max(EXPERT_ROWS // (4 * k * (spec.hidden + spec.intermediate)), 1)
         # Parts would read missing experts again, so there all tokens go through one expert at a time.
@@ -238,8 +310,6 @@ class Runtime:
                 low,
                 guesses,
             )
-        if self.kept.watches and not self.plan.resident:
-            self.kept.note(layer_idx, self._used[layer_idx])
         return out
 
     def _face_misses(
@@ -293,6 +363,8 @@ class Runtime:
         with self._lock:
             self._kv_held = kv_held
             self.budget.check(step, kv_held())
+            if self.remote is not None and self.remote.begin_step():
+                self._ask_for_plan()
             workspace = self.budget.sizes.workspace(step)
             long = step.tokens > 1 and workspace >= LONG_STEP
             self._per_layer = workspace - self.budget.sizes.new_kv(step) if long else 0
@@ -506,10 +578,14 @@ class Runtime:
         self._base = base
         self.engine.forget_largest_need()
         self.engine.set_budget(plan.pool_bytes)
-        # Then, until the cache knows better, whatever fits of what the plan aims at.
-        self.engine.request(self.records.in_order(base), UPGRADE)
-        self.engine.request(self.records.in_order(aimed & ~base), UPGRADE)
+        self._ask_for_plan()
         self._set_rule()
+
+    def _ask_for_plan(self) -> None:
+        """Then, until the cache knows better, whatever fits of what the plan aims at."""
+        aimed = self._base | self.store_sizes.chosen(self.plan.min_level)
+        self.engine.request(self.records.in_order(self._base), UPGRADE)
+        self.engine.request(self.records.in_order(aimed & ~self._base), UPGRADE)
 
     def _set_rule(self) -> None:
         """What the plan in force says about misses, unless somebody else's rule decides."""
@@ -518,6 +594,7 @@ class Runtime:
             self._know_text()
             rule = self.live.rule(self.plan, self.planner.loss, self.planner.use)
         reads = not self.plan.resident
+        self._judges = rule is not None or self._rule is not None
         self._policy.set_plan(reads, rule and native_rule(rule), self._follows)
 
     def _set_values(self, base: np.ndarray) -> None:
@@ -530,9 +607,10 @@ class Runtime:
 
     def _set_levels(self) -> None:
         rising = None if self._rising is None else self.store_sizes.of_layer(self._rising)
+        self._low = list(self._min_level if rising is None else rising)  # that compute may start at
         rows = []
         for layer_idx, low in enumerate(self._min_level):
-            least = low if rising is None else rising[layer_idx]
+            least = self._low[layer_idx]
             self._op.set_levels(layer_idx, least, self._want_level[layer_idx])
             most = int(np.bincount(self._kernel_levels[low]).argmax())
             rows.append(prefill_rows(most))
@@ -575,7 +653,7 @@ class Runtime:
         return (
             f"memory {format_bytes(self.budget.memory)}: dense {format_bytes(self.budget.sizes.dense)}, "
             f"experts {format_bytes(held)} of {format_bytes(stats.total(self.store.levels.exact))}; {self.plan.describe()}; "
-            f"store in {self.store.folder}"
+            f"store in {self.store.folder if self.remote is None else self.remote.describe()}"
         )
 
     def stats(self) -> dict:
@@ -589,7 +667,7 @@ class Runtime:
             "expert_bytes": int(self.records.payload_bytes(self.engine.resident() == RESIDENT)),
             "expert_bytes_exact": self.records.exact_bytes(),
             "bits_per_weight": policy["bits"] / max(policy["uses"], 1),
-            "bytes_read": {"disk": engine["bytes_read"]},
+            "bytes_read": self._bytes_read(engine),
             # Computed without waiting, at the level wanted or a coarser one that the plan allows.
             "hits": engine["hits"] + engine["partial_hits"],
             "misses": engine["misses"],
@@ -605,7 +683,13 @@ class Runtime:
             },
             "plan": self.plan.describe(),
             "engine": engine,
-        }
+        } | ({} if self.remote is None else {"remote": self.remote.stats()})
+
+    def _bytes_read(self, engine: dict) -> dict[str, int]:
+        if self.remote is None:
+            return {"disk": engine["bytes_read"]}
+        network = engine["remote_bytes"]
+        return {"network": network, "disk": engine["bytes_read"] - network}
 
     def wait_ready(self, timeout: float = 600.0) -> None:
         """Returns when everything that the plan wants resident has been read."""
@@ -618,5 +702,7 @@ class Runtime:
                 self._closed = True
                 self._keep_freed(True)
                 self.engine.close()
+                if self.remote is not None:
+                    self.remote.close()
                 if self._on_close:
                     self._on_close()
