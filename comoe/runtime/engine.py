@@ -109,8 +109,10 @@ def open_engine(
     io_threads: int,
     direct: bool,
     verify: bool,
+    remote: bool = False,
 ) -> tuple[_C.Engine, list[int]]:
-    """The engine over all of the store's records, and the number of each layer's first expert."""
+    """The engine over all of the store's records, and the number of each layer's first expert. remote: the
+    layer files are local copies with holes, and a Fetcher brings what is missing."""
     engine = _C.Engine(
         store.page_bytes,
         slab,
@@ -122,7 +124,8 @@ def open_engine(
     )
     first = []
     for layer_idx, layer in enumerate(store.layers):
-        file = engine.add_file(str(store.path(layer_idx)))
+        path = str(store.path(layer_idx))
+        file = engine.add_remote_file(path) if remote else engine.add_file(path)
         records = layer.records.reshape(-1)[table.owners[layer_idx]]
         engine.add_records(
             np.full(records.size, file, np.int32),
@@ -178,9 +181,10 @@ class Records:
         owners = np.zeros(len(self._bytes), np.int64)
         for ids in self._ids:
             owners += np.bincount(ids[ids >= 0], minlength=len(owners))
-        # Bits per weight of each expert at each level; of a shared record its share.
+        # float64 [E, levels] of each layer: bits per weight, parameters included, and of a shared record
+        # its share.
         share = self._bytes / np.maximum(owners, 1)
-        self._bits = [
+        self.bits = [
             8.0 * np.where(ids >= 0, share[ids], 0) @ self._needs.T.astype(np.float64) / weights
             for ids, weights in zip(self._ids, self._weights, strict=True)
         ]
@@ -219,10 +223,6 @@ class Records:
     def exact_bytes(self) -> int:
         """bf16 bytes of all routed experts: what "bytes kept" is a fraction of."""
         return 2 * self._all_weights
-
-    def bits(self, layer_idx: int, experts: np.ndarray, levels: np.ndarray) -> np.ndarray:
-        """float [n]: bits per weight of experts at levels, parameters and shares of bases included."""
-        return self._bits[layer_idx][experts, levels]
 
 
 def kernel_levels(levels: Levels) -> np.ndarray:

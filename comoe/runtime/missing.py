@@ -1,15 +1,21 @@
-"""Asks the rule what to do about experts of which something is missing, and makes it so for one call."""
+"""Asks a rule in Python what to do about experts of which something is missing; LeastCost runs natively."""
 
 from __future__ import annotations
 
 import numpy as np
 
 from comoe import _C
-from comoe.policy.misses import SKIP, Chosen, MissRule
+from comoe.policy.misses import SKIP, Chosen, LeastCost, MissRule
 from comoe.policy.plan import Sizes
 
 RESIDENT = 2  # state of a record in the engine
 _EARLIER = np.tri(256, k=-1, dtype=bool)
+
+
+def native_rule(rule: LeastCost) -> _C.LeastCost:
+    """The same, for the native half to ask."""
+    loss, nbytes, steps = rule.tables
+    return _C.LeastCost(loss, nbytes, steps, rule.price, rule.bandwidth, rule.latency)
 
 
 class MissHandler:
@@ -68,6 +74,14 @@ class MissHandler:
         if skipped.any():
             index = np.where(np.isin(index, experts[skipped]), num_experts, index)
         return index, levels
+
+    def row_of(self, layer_idx: int, experts: np.ndarray) -> np.ndarray:
+        """Rows of the sizes for experts of a layer."""
+        return self._first[layer_idx] + experts
+
+    def finest_here(self, layer_idx: int, experts: np.ndarray, want: np.ndarray) -> np.ndarray:
+        """int64 [n]: of each expert the finest level at most `want` that is complete here, -1: none."""
+        return self._resident(self.row_of(layer_idx, experts), want)
 
     def _resident(self, rows: np.ndarray, want: np.ndarray) -> np.ndarray:
         """int64 [n]: the finest complete level at most `want`, -1: none."""

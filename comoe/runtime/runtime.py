@@ -18,9 +18,9 @@ from comoe.policy.curve import Curve, CurvePlanner
 from comoe.policy.goal import parse_quality
 from comoe.policy.joint import GoalError, JointPlanner, Situation
 from comoe.policy.misses import MissRule
-from comoe.policy.next_use import NextUse
 from comoe.policy.plan import EvenPlanner, Plan, Planner, Sizes
 from comoe.policy.predictor import NoPredictor, Predictor, PrefetchGauge
+from comoe.policy.prefetch_gauge import TimedGauge
 from comoe.policy.snapshot import Snapshot
 from comoe.policy.upgrades import RecentUse, UpgradePolicy
 from comoe.runtime.budget import EXPERT_ROWS, LONG_STEP, Budget, ModelSizes, Step
@@ -36,11 +36,13 @@ from comoe.runtime.engine import (
 )
 from comoe.runtime.kept import Kept
 from comoe.runtime.live import Live
-from comoe.runtime.missing import MissHandler
+from comoe.runtime.missing import MissHandler, native_rule
 from comoe.runtime.prefill import forward_unpacked
 from comoe.runtime.reader_core import ReaderCore
+from comoe.runtime.remote import FETCH_BYTES, Remote
 from comoe.runtime.spec import ExpertsSpec
 from comoe.store import Store
+from comoe.tiers.remote_store import RemoteStore
 from comoe_kernels.expert_ffn import prefill_rows
 from comoe_kernels.threads import use_own_threads
 from comoe_kernels.unpack import DTYPES
@@ -49,10 +51,12 @@ PREFETCH, UPGRADE = 1, 2  # classes of transfers
 ABSENT, RESIDENT = 0, 2  # states of a record
 SCRATCH_BYTES = 1_000_000  # of the kernels; disk reads go straight into the pool's pages
 RECORD_BYTES = 400  # the engine's tables, per record
-UPGRADE_EVERY = 8  # steps between choices of experts that climb
+UPGRADE_EVERY = 16  # steps between choices of experts that climb; one takes 0.6 ms
 FOLLOW_EVERY = 64  # steps between plans for what the text uses
 PLANNING_SHARE = 0.01  # of the time that planning for the text may take
 KEPT_FREE = 0.01  # share of the machine's memory that is left to others
+NATIVE_GATE_TOKENS = 8  # more are a product for torch
+GIVING_UP = 5  # times that a layer is computed anew because what it waited for did not come
 CALM_STEPS = 8  # steps without pressure before the pool takes back what it lent
 
 
@@ -74,6 +78,11 @@ def planner_of(store: Store, sizes: Sizes, config: CoMoEConfig, experts_per_toke
     return CurvePlanner(Curve(losses["curve_level"], losses["curve_loss"]))
 
 
+def _routing(index: torch.Tensor, weights: torch.Tensor) -> tuple[int, int, int, int]:
+    """As the native half wants it: addresses of int64 and float32 [T, K]; T, K."""
+    return index.data_ptr(), weights.data_ptr(), *index.shape
+
+
 class Runtime:
     """The experts of one model: computes them, and keeps what they need within the budget.
 
@@ -93,12 +102,14 @@ class Runtime:
         planner: Planner | None = None,
         upgrades: UpgradePolicy | None = None,
         cache: CachePolicy | None = None,
+        remote: RemoteStore | None = None,
         on_close: Callable[[], None] | None = None,
     ):
         self.store, self.specs, self.config = store, specs, config
         self.predictor = predictor or NoPredictor()
         self.upgrades = upgrades or RecentUse([spec.num_experts for spec in specs])
-        self.gauge = PrefetchGauge()
+        self.gauge: PrefetchGauge = TimedGauge()
+        self._step_began: float | None = None  # of a step whose time the gauge is told
         self._rule: MissRule | None = None
         self._experts_per_token = experts_per_token
         self._rising: np.ndarray | None = (
@@ -130,6 +141,7 @@ class Runtime:
         floor = pool_floor(largest, in_full, store.page_bytes)
         total = memory.available() if config.memory is None else config.memory
         fixed = SCRATCH_BYTES + RECORD_BYTES * sum(layer.records.size for layer in store.layers)
+        fixed += FETCH_BYTES if remote is not None else 0
         self.budget = Budget(total, baseline, sizes, floor, fixed)
         planned = self.budget.planned_pool(config.max_context)
         self._slab_bytes = slab_bytes(
@@ -145,22 +157,26 @@ class Runtime:
             self._slab_bytes,
             io_threads=config.io_threads,
             direct=config.direct_io,
-            verify=config.verify,
+            verify=config.verify or remote is not None,
+            remote=remote is not None,
         )
         self.records = Records(store, table)
         self.missing = MissHandler(self.engine, self.store_sizes)
-        self.kept = Kept(self.engine, cache or NextUse(self.store_sizes.num_experts), table.ids)
+        self.remote = remote and Remote(
+            self.engine, remote, table, self.store_sizes, self.missing, least, config.exact
+        )
         self._op = _C.MoeOp(self.engine, list(store.levels.masks))
         for layer_idx, (spec, layer) in enumerate(zip(specs, store.layers, strict=True)):
             activation = spec.activation or "silu"
             ids = table.ids[layer_idx]
             add_layer(self._op, layer, ids, first[layer_idx], activation, spec.alpha, spec.limit)
-        self._used = [np.zeros(spec.num_experts, np.uint8) for spec in specs]
+        self._policy = _C.MoePolicy(self.engine, self._op, cache is None, self.live.profile.decay)
+        self.kept = Kept(self.engine, cache or self._policy, table.ids)
+        for layer_idx, bits in enumerate(self.records.bits):
+            self._policy.set_bits(layer_idx, bits)
+        ends = np.cumsum([spec.num_experts for spec in specs])
+        self._used = np.split(self._policy.used(), ends[:-1])  # views: level used + 1 in this step
         self._kernel_levels = kernel_levels(store.levels)
-        self._uses, self._bits_used = 0, 0.0
-        self._predicted: dict[
-            int, tuple[int, np.ndarray]
-        ] = {}  # by layer: seen from where, experts
         self._install(self.plan)
 
     # ---- computing ------------------------------------------------------------------------------
@@ -182,8 +198,7 @@ class Runtime:
             raise RuntimeError(
                 "experts_forward: this model's experts were closed; load the model again to use it"
             )
-        spec = self.specs[layer_idx]
-        tokens, k = top_k_index.shape
+        tokens = top_k_index.shape[0]
         # An encoder runs before its model's own pass begins.
         per_layer = max(self._per_layer, tokens * self.budget.sizes.activations_per_token)
         if per_layer >= LONG_STEP:
@@ -197,79 +212,140 @@ class Runtime:
         if hidden.stride(-1) != 1:
             hidden = hidden.contiguous()
         index = top_k_index.to(torch.int64).contiguous()
-        ahead = self._predict(layer_idx, hidden)
-        index = self._face_misses(layer_idx, index, top_k_weights)
-        used = np.zeros(spec.num_experts, np.uint8)
+        weights = top_k_weights.to(torch.float32).contiguous()
+        guesses = self._guess(layer_idx, hidden)
+        index, low = self._face_misses(layer_idx, index, weights)
+        if self.remote is None or self.config.exact:
+            out = self._compute(layer_idx, hidden, index, weights, top_k_weights, low, guesses)
+        else:
+            out = self._compute_from_afar(
+                layer_idx, hidden, index, weights, top_k_weights, low, guesses
+            )
+        if self.kept.watches and not self.plan.resident:
+            self.kept.note(layer_idx, self._used[layer_idx])
+        return out
+
+    def _compute_from_afar(
+        self,
+        layer_idx: int,
+        hidden: torch.Tensor,
+        index: torch.Tensor,
+        weights: torch.Tensor,
+        top_k_weights: torch.Tensor,
+        low: np.ndarray | None,
+        guesses: list[tuple],
+    ) -> torch.Tensor:
+        """As `_compute`, without waiting for what cannot come in time."""
+        rule = self._judges  # what the rule left to be waited for is worth it
+        if low is None:
+            decided = self._policy.decide(layer_idx, *_routing(index, weights))
+            index, low = (
+                (torch.from_numpy(decided[0]), decided[1])
+                if decided
+                else (index, self._low[layer_idx])
+            )
+        want = self._want_level[layer_idx]
+        for left in reversed(range(GIVING_UP)):
+            faced = self.remote.face(layer_idx, index.numpy(), low, want, rule=rule)
+            chosen, levels, dispensable = faced or (index.numpy(), low, np.empty(0, np.int32))
+            try:
+                with self.remote.waiting(dispensable):
+                    chosen = torch.from_numpy(chosen)
+                    return self._compute(
+                        layer_idx, hidden, chosen, weights, top_k_weights, levels, guesses
+                    )
+            except OSError as error:
+                if not left or not self.remote.gave_up(error):
+                    raise
+                rule = False
+        raise AssertionError("unreachable")
+
+    def _compute(
+        self,
+        layer_idx: int,
+        hidden: torch.Tensor,
+        index: torch.Tensor,
+        weights: torch.Tensor,
+        top_k_weights: torch.Tensor,
+        low: np.ndarray | None,
+        guesses: list[tuple],
+    ) -> torch.Tensor:
+        """Weighted sum of the chosen experts. weights: float32, as the router's `top_k_weights`.  low: uint8 [E],
+        levels that compute may start at; None: as the plan and its rule say."""
+        spec = self.specs[layer_idx]
+        tokens, k = index.shape
+        routing = _routing(index, weights)
         rows = tokens * k / min(spec.num_experts, max(tokens * k, 1))
         part = max(EXPERT_ROWS // (4 * k * (spec.hidden + spec.intermediate)), 1)
         # Parts would read missing experts again, so there all tokens go through one expert at a time.
         at_once = tokens <= part or self.plan.resident
         if spec.runs_in_torch or rows >= self._prefill_rows[layer_idx] or not at_once:
-            out = forward_unpacked(
-                self._op, layer_idx, spec, hidden, index, top_k_weights, used, ahead
-            )
-        else:
-            weights = top_k_weights.to(torch.float32).contiguous()
-            rounds = hidden.dtype != torch.float32 and top_k_weights.dtype == hidden.dtype
-            out = torch.empty((tokens, spec.hidden), dtype=hidden.dtype)
-            for i in range(0, tokens, part):
-                self._op.forward(
-                    layer_idx,
-                    hidden[i:].data_ptr(),
-                    DTYPES[hidden.dtype],
-                    hidden.stride(0),
-                    index[i:].data_ptr(),
-                    weights[i:].data_ptr(),
-                    min(part, tokens - i),
-                    k,
-                    out[i:].data_ptr(),
-                    rounds,
-                    used,
-                    ahead,
+            self._policy.note_routing(layer_idx, *routing)
+            if low is None:
+                decided = self._policy.decide(layer_idx, *routing)
+                index, low = (
+                    (torch.from_numpy(decided[0]), decided[1]) if decided else (index, None)
                 )
-        self._note_used(layer_idx, used)
+            if any(gate for _, _, gate in guesses):
+                guesses = self._predict(layer_idx, hidden)
+            ahead = self._policy.read_ahead(layer_idx, guesses)
+            used = np.zeros(spec.num_experts, np.uint8)
+            out = forward_unpacked(
+                self._op, layer_idx, spec, hidden, index, top_k_weights, used, ahead, low
+            )
+            self._policy.ran(layer_idx, used)
+        else:
+            out = torch.empty((tokens, spec.hidden), dtype=hidden.dtype)
+            self._policy.step(
+                self._op,
+                layer_idx,
+                hidden.data_ptr(),
+                DTYPES[hidden.dtype],
+                hidden.stride(0),
+                index.data_ptr(),
+                weights.data_ptr(),
+                tokens,
+                k,
+                out.data_ptr(),
+                hidden.dtype != torch.float32 and top_k_weights.dtype == hidden.dtype,
+                part,
+                low,
+                guesses,
+            )
         return out
 
     def _face_misses(
         self, layer_idx: int, index: torch.Tensor, weights: torch.Tensor
-    ) -> torch.Tensor:
-        """The indices to compute, once the rule has decided what not to wait for."""
-        if not self._follows:
-            return index
-        gates = weights.detach().to(torch.float32).numpy()
-        self.live.profile.note(layer_idx, index.numpy(), gates)
-        if self._rule is None:
-            return index
+    ) -> tuple[torch.Tensor, np.ndarray | None]:
+        """The indices to compute and the levels to start at, if a rule in Python decides what not to wait
+        for; else all of them and None."""
+        if self._rule is None or self.plan.resident:
+            return index, None
         low, want = self._min_level[layer_idx], self._want_level[layer_idx]
-        decided = self.missing.decide(self._rule, layer_idx, index.numpy(), gates, low, want)
-        if decided is not None:
-            index, low = torch.from_numpy(decided[0]), decided[1]
-        self._op.set_levels(layer_idx, low, want)
-        return index
+        decided = self.missing.decide(
+            self._rule, layer_idx, index.numpy(), weights.numpy(), low, want
+        )
+        return (index, low) if decided is None else (torch.from_numpy(decided[0]), decided[1])
 
-    def _predict(self, layer_idx: int, hidden: torch.Tensor) -> np.ndarray:
-        """Records to read ahead while this layer computes: int32, most wanted first."""
-        if self.plan.resident or not self.gauge.useful:
-            return np.empty(0, np.int32)
-        ahead = []
+    def _guess(self, layer_idx: int, hidden: torch.Tensor) -> list[tuple]:
+        """What to read ahead while this layer computes: (later layer, its likely experts, None), or its
+        gate for the native half to ask: (later layer, None, gate)."""
+        last = layer_idx + 1 == len(self.specs)
+        if last or self.plan.resident or not self.gauge.useful:
+            return []
+        if len(hidden) <= NATIVE_GATE_TOKENS and not self.kept.watches:
+            gates = self.predictor.linear_gates(layer_idx)
+            if gates:
+                return [(later, None, gate) for later, gate in gates]
+        return self._predict(layer_idx, hidden)
+
+    def _predict(self, layer_idx: int, hidden: torch.Tensor) -> list[tuple]:
+        guesses = []
         for later, experts in self.predictor.predict(layer_idx, hidden):
-            self._predicted[later] = (layer_idx, experts)
-            self.kept.predicted(later, later - layer_idx, experts)
-            ahead.append(self.records.of(later, experts, self._min_level[later][experts]))
-        return np.concatenate(ahead) if ahead else np.empty(0, np.int32)
-
-    def _note_used(self, layer_idx: int, used: np.ndarray) -> None:
-        np.maximum(self._used[layer_idx], used, out=self._used[layer_idx])
-        experts = np.flatnonzero(used)
-        self._uses += experts.size
-        self._bits_used += self.records.bits(layer_idx, experts, used[experts] - 1).sum()
-        predicted = self._predicted.pop(layer_idx, None)
-        if predicted is not None:
-            since, guess = predicted
-            self.gauge.note(guess, experts)
-            self.kept.judge(layer_idx, layer_idx - since, guess, experts)
-        if not self.plan.resident:
-            self.kept.note(layer_idx, experts, used[experts].astype(np.int64) - 1)
+            if self.kept.watches:
+                self.kept.predicted(layer_idx, later, experts)
+            guesses.append((later, np.asarray(experts, np.int64), None))
+        return guesses
 
     @property
     def _follows(self) -> bool:
@@ -289,6 +365,8 @@ class Runtime:
         with self._lock:
             self._kv_held = kv_held
             self.budget.check(step, kv_held())
+            if self.remote is not None and self.remote.begin_step():
+                self._ask_for_plan()
             workspace = self.budget.sizes.workspace(step)
             long = step.tokens > 1 and workspace >= LONG_STEP
             self._per_layer = workspace - self.budget.sizes.new_kv(step) if long else 0
@@ -312,10 +390,15 @@ class Runtime:
                 self._set_levels()
             if not self.plan.resident:
                 self._reader_core.begin(step.batch * step.tokens, engine["wait_seconds"])
+            alike = step.tokens == 1 and not self.plan.resident
+            self._step_began = time.perf_counter() if alike else None
 
     def end_step(self) -> None:
         """Called after every forward pass, also one that failed."""
         self._reader_core.end()
+        if self._step_began is not None:
+            self.gauge.note_seconds(time.perf_counter() - self._step_began)
+            self._step_began = None
 
     def set_memory(self, size: str | int) -> str:
         """Changes the budget of a running model; returns the new plan in one line.
@@ -356,6 +439,14 @@ class Runtime:
     def set_latency_target(self, seconds: float | None) -> str:
         """Changes how long a token should take at most; None: no target. As set_quality."""
         return self._set_goal(lambda: self.controller.set_latency_target(seconds))
+
+    def set_miss_rule(self, rule: MissRule | None) -> None:
+        """Who decides what not to wait for, from now on: a rule of comoe.policy.misses; None: the plan."""
+        if self.config.exact and rule is not None:
+            raise ValueError("exact weights are always waited for; load the model without exact")
+        with self._lock:
+            self._rule = rule
+            self._set_rule()
 
     def _set_goal(self, change: Callable[[], object]) -> str:
         if self.config.exact:
@@ -414,17 +505,21 @@ class Runtime:
         if snapshot is not self._snapshot:
             self._snapshot = snapshot
             decision = self.controller.observe(snapshot, self.engine.stats()["mapped_bytes"])
-        if self._follows and self._step % FOLLOW_EVERY == 0 and self.live.profile.seen:
+        if self._follows and self._step % FOLLOW_EVERY == 0 and self._step:
             decision = self._follow_text() or decision
         if decision is not None:
             lent = decision.before is not None and self.plan.pool_bytes < decision.before.pool_bytes
             most = self.plan.pool_bytes if lent else decision.after.pool_bytes
             self._install(self._plan_for(min(most, decision.after.pool_bytes)))
 
+    def _know_text(self) -> None:
+        self.live.profile.know(*self._policy.profile())
+
     def _follow_text(self) -> Decision | None:
         begin = time.perf_counter()
         if begin < self._follow_at:
             return None
+        self._know_text()
         decision = self.controller.follow(self.live.profile.use())
         end = time.perf_counter()
         self._follow_at = end + (end - begin) / PLANNING_SHARE
@@ -490,12 +585,24 @@ class Runtime:
         self._base = base
         self.engine.forget_largest_need()
         self.engine.set_budget(plan.pool_bytes)
-        # Then, until the cache knows better, whatever fits of what the plan aims at.
-        self.engine.request(self.records.in_order(base), UPGRADE)
-        self.engine.request(self.records.in_order(aimed & ~base), UPGRADE)
-        self._rule = None
-        if isinstance(self.planner, JointPlanner):
-            self._rule = self.live.rule(plan, self.planner.loss, self.planner.use)
+        self._ask_for_plan()
+        self._set_rule()
+
+    def _ask_for_plan(self) -> None:
+        """Then, until the cache knows better, whatever fits of what the plan aims at."""
+        aimed = self._base | self.store_sizes.chosen(self.plan.min_level)
+        self.engine.request(self.records.in_order(self._base), UPGRADE)
+        self.engine.request(self.records.in_order(aimed & ~self._base), UPGRADE)
+
+    def _set_rule(self) -> None:
+        """What the plan in force says about misses, unless somebody else's rule decides."""
+        rule = None
+        if self._follows and self._rule is None:
+            self._know_text()
+            rule = self.live.rule(self.plan, self.planner.loss, self.planner.use)
+        reads = not self.plan.resident
+        self._judges = rule is not None or self._rule is not None
+        self._policy.set_plan(reads, rule and native_rule(rule), self._follows)
 
     def _set_values(self, base: np.ndarray) -> None:
         """Where all is held, what is above the plan gets its value from `upgrades`; else from the cache."""
@@ -507,9 +614,10 @@ class Runtime:
 
     def _set_levels(self) -> None:
         rising = None if self._rising is None else self.store_sizes.of_layer(self._rising)
+        self._low = list(self._min_level if rising is None else rising)  # that compute may start at
         rows = []
         for layer_idx, low in enumerate(self._min_level):
-            least = low if rising is None else rising[layer_idx]
+            least = self._low[layer_idx]
             self._op.set_levels(layer_idx, least, self._want_level[layer_idx])
             most = int(np.bincount(self._kernel_levels[low]).argmax())
             rows.append(prefill_rows(most))
@@ -552,12 +660,12 @@ class Runtime:
         return (
             f"memory {format_bytes(self.budget.memory)}: dense {format_bytes(self.budget.sizes.dense)}, "
             f"experts {format_bytes(held)} of {format_bytes(stats.total(self.store.levels.exact))}; {self.plan.describe()}; "
-            f"store in {self.store.folder}"
+            f"store in {self.store.folder if self.remote is None else self.remote.describe()}"
         )
 
     def stats(self) -> dict:
         """Figures so far; sizes in bytes, times in seconds."""
-        engine = self.engine.stats()
+        engine, policy = self.engine.stats(), self._policy.counters()
         return {
             "memory": self.budget.memory,
             "baseline": self.budget.baseline,
@@ -565,15 +673,30 @@ class Runtime:
             "dense_bytes": self.budget.sizes.dense,
             "expert_bytes": int(self.records.payload_bytes(self.engine.resident() == RESIDENT)),
             "expert_bytes_exact": self.records.exact_bytes(),
-            "bits_per_weight": float(self._bits_used / max(self._uses, 1)),
-            "bytes_read": {"disk": engine["bytes_read"]},
+            "bits_per_weight": policy["bits"] / max(policy["uses"], 1),
+            "bytes_read": self._bytes_read(engine),
             # Computed without waiting, at the level wanted or a coarser one that the plan allows.
             "hits": engine["hits"] + engine["partial_hits"],
             "misses": engine["misses"],
-            "prefetch": self.gauge.stats(),
+            "prefetch": {
+                **self.gauge.stats(),
+                "recall": policy["guessed_used"] / max(policy["used"], 1),
+                "precision": policy["guessed_used"] / max(policy["guessed"], 1),
+            },
+            # Experts of which something was missing, by what was decided about them.
+            "decided": {
+                name: policy[name] + getattr(self.missing, name)
+                for name in ("waited", "coarser", "skipped")
+            },
             "plan": self.plan.describe(),
             "engine": engine,
-        }
+        } | ({} if self.remote is None else {"remote": self.remote.stats()})
+
+    def _bytes_read(self, engine: dict) -> dict[str, int]:
+        if self.remote is None:
+            return {"disk": engine["bytes_read"]}
+        network = engine["remote_bytes"]
+        return {"network": network, "disk": engine["bytes_read"] - network}
 
     def wait_ready(self, timeout: float = 600.0) -> None:
         """Returns when everything that the plan wants resident has been read."""
@@ -586,5 +709,7 @@ class Runtime:
                 self._closed = True
                 self._keep_freed(True)
                 self.engine.close()
+                if self.remote is not None:
+                    self.remote.close()
                 if self._on_close:
                     self._on_close()

@@ -211,6 +211,27 @@ int32_t Engine::add_file(const std::string& path) {
   return state_->backend->add_file(path);
 }
 
+int32_t Engine::add_remote_file(const std::string& path) {
+  remote();
+  std::lock_guard<std::mutex> lock(state_->mutex);
+  state_->require_open();
+  return state_->backend->add_remote_file(path);
+}
+
+// Not under the engine's lock: it has its own, which is taken after ours.
+RemoteReader& Engine::remote() {
+  RemoteReader* const remote = state_->backend->remote();
+  if (remote == nullptr)
+    throw std::runtime_error("Engine: this device cannot take records from elsewhere");
+  return *remote;
+}
+
+void Engine::set_local(const int32_t* ids, int64_t count, bool local) {
+  std::lock_guard<std::mutex> lock(state_->mutex);
+  state_->check_ids("set_local", ids, count);
+  for (int64_t i = 0; i < count; ++i) state_->backend->set_local(ids[i], local);
+}
+
 int32_t Engine::add_records(const RecordInfo* infos, int64_t count) {
   std::lock_guard<std::mutex> lock(state_->mutex);
   EngineState& s = *state_;
@@ -408,6 +429,19 @@ void Engine::set_budget(int64_t bytes, double timeout_seconds) {
       " bytes) are still in use by open sessions after " + std::to_string(timeout_seconds) +
       " s; the new budget is in force and they go back when those sessions end: finish or drop "
       "them");
+}
+
+std::vector<int> Engine::resident_levels(const std::vector<Need>& needs) const {
+  std::lock_guard<std::mutex> lock(state_->mutex);
+  const Core& core = state_->core;
+  std::vector<int> levels;
+  levels.reserve(needs.size());
+  for (const Need& need : needs) {
+    require(need.expert >= 0 && need.expert < core.num_experts(),
+            "resident_levels: there is no expert " + std::to_string(need.expert));
+    levels.push_back(core.best_resident_level(need));
+  }
+  return levels;
 }
 
 std::vector<uint8_t> Engine::resident() const {

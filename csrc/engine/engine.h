@@ -84,6 +84,10 @@ class Engine {
   static void set_interrupt_check(void (*check)());
 
   int32_t add_file(const std::string& path);
+  // See Backend::add_remote_file. Its records' bytes come through remote().
+  int32_t add_remote_file(const std::string& path);
+  RemoteReader& remote();  // throws where the device has none
+  void set_local(const int32_t* ids, int64_t count, bool local);
   int32_t add_records(const RecordInfo* infos, int64_t count);  // first id
   // See Core::add_experts.
   int32_t add_experts(const int32_t* table, int64_t count);
@@ -118,6 +122,8 @@ class Engine {
   int64_t minimum_budget(int level = -1) const;
 
   std::vector<uint8_t> resident() const;  // [num_records] RecordState
+  // Of each need the finest complete level in its bounds, -1: none.
+  std::vector<int> resident_levels(const std::vector<Need>& needs) const;
   EngineStats stats() const;
   bool wait_idle(double timeout_seconds);  // true when no read is running, and none can be started
   void close();                            // ends reads; waiting sessions throw EngineClosed
