@@ -19,6 +19,7 @@ from comoe.hf.sizes import experts_per_token, model_sizes
 from comoe.runtime.budget import Step
 from comoe.runtime.runtime import Runtime
 from comoe.store import Store
+from comoe.tiers.remote_store import RemoteStore
 
 
 def load_packed(folder: Path, config: CoMoEConfig, dtype: str | torch.dtype = "auto") -> nn.Module:
@@ -35,8 +36,10 @@ def start_runtime(
     config: CoMoEConfig,
     baseline: int,
     on_close: Callable[[], None] = lambda: None,
+    remote: RemoteStore | None = None,
 ) -> Runtime:
-    """Binds `blocks`, whose weights lie in `store`, to a new Runtime and hangs it on the model."""
+    """Binds `blocks`, whose weights lie in `store`, to a new Runtime and hangs it on the model. remote: what
+    `store` is the local copy of; it is closed with the Runtime."""
 
     def close() -> None:
         detach(blocks)
@@ -52,6 +55,7 @@ def start_runtime(
         baseline=baseline,
         experts_per_token=k,
         predictor=NextGate(model, blocks, k),
+        remote=remote,
         on_close=close,
     )
     attach(blocks, runtime)

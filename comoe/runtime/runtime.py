@@ -39,8 +39,10 @@ from comoe.runtime.live import Live
 from comoe.runtime.missing import MissHandler
 from comoe.runtime.prefill import forward_unpacked
 from comoe.runtime.reader_core import ReaderCore
+from comoe.runtime.remote import FETCH_BYTES, Remote
 from comoe.runtime.spec import ExpertsSpec
 from comoe.store import Store
+from comoe.tiers.remote_store import RemoteStore
 from comoe_kernels.expert_ffn import prefill_rows
 from comoe_kernels.threads import use_own_threads
 from comoe_kernels.unpack import DTYPES
@@ -93,6 +95,7 @@ class Runtime:
         planner: Planner | None = None,
         upgrades: UpgradePolicy | None = None,
         cache: CachePolicy | None = None,
+        remote: RemoteStore | None = None,
         on_close: Callable[[], None] | None = None,
     ):
         self.store, self.specs, self.config = store, specs, config
@@ -130,6 +133,7 @@ class Runtime:
         floor = pool_floor(largest, in_full, store.page_bytes)
         total = memory.available() if config.memory is None else config.memory
         fixed = SCRATCH_BYTES + RECORD_BYTES * sum(layer.records.size for layer in store.layers)
+        fixed += FETCH_BYTES if remote is not None else 0
         self.budget = Budget(total, baseline, sizes, floor, fixed)
         planned = self.budget.planned_pool(config.max_context)
         self._slab_bytes = slab_bytes(
@@ -145,8 +149,10 @@ class Runtime:
             self._slab_bytes,
             io_threads=config.io_threads,
             direct=config.direct_io,
-            verify=config.verify,
+            verify=config.verify or remote is not None,
+            remote=remote is not None,
         )
+        self.remote = None if remote is None else Remote(self.engine, remote, table)
         self.records = Records(store, table)
         self.missing = MissHandler(self.engine, self.store_sizes)
         self.kept = Kept(self.engine, cache or NextUse(self.store_sizes.num_experts), table.ids)
@@ -552,7 +558,7 @@ class Runtime:
         return (
             f"memory {format_bytes(self.budget.memory)}: dense {format_bytes(self.budget.sizes.dense)}, "
             f"experts {format_bytes(held)} of {format_bytes(stats.total(self.store.levels.exact))}; {self.plan.describe()}; "
-            f"store in {self.store.folder}"
+            f"store in {self.store.folder if self.remote is None else self.remote.describe()}"
         )
 
     def stats(self) -> dict:
@@ -566,14 +572,20 @@ class Runtime:
             "expert_bytes": int(self.records.payload_bytes(self.engine.resident() == RESIDENT)),
             "expert_bytes_exact": self.records.exact_bytes(),
             "bits_per_weight": float(self._bits_used / max(self._uses, 1)),
-            "bytes_read": {"disk": engine["bytes_read"]},
+            "bytes_read": self._bytes_read(engine),
             # Computed without waiting, at the level wanted or a coarser one that the plan allows.
             "hits": engine["hits"] + engine["partial_hits"],
             "misses": engine["misses"],
             "prefetch": self.gauge.stats(),
             "plan": self.plan.describe(),
             "engine": engine,
-        }
+        } | ({} if self.remote is None else {"remote": self.remote.stats()})
+
+    def _bytes_read(self, engine: dict) -> dict[str, int]:
+        if self.remote is None:
+            return {"disk": engine["bytes_read"]}
+        network = engine["remote_bytes"]
+        return {"network": network, "disk": engine["bytes_read"] - network}
 
     def wait_ready(self, timeout: float = 600.0) -> None:
         """Returns when everything that the plan wants resident has been read."""
@@ -586,5 +598,7 @@ class Runtime:
                 self._closed = True
                 self._keep_freed(True)
                 self.engine.close()
+                if self.remote is not None:
+                    self.remote.close()
                 if self._on_close:
                     self._on_close()

@@ -1,0 +1,233 @@
+"""Which of several network sources brings bytes first: what each has shown so far, and how long to leave
+one alone that fails.
+
+    seconds expected = time to the first byte + (bytes under way + bytes) / bandwidth
+
+Bandwidth is that of all of a source's transfers together while answers come in, so that parallel ones do
+not make each other look slow. A failed source is tried again after a back-off that doubles with every
+failure, times a random factor, so that many clients do not come back at one moment.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+
+from comoe.policy.smoothing import Smoothed
+from comoe.policy.snapshot import Estimate, Link
+
+FIRST_BANDWIDTH = 10e6  # bytes/s and seconds, of a source that has not been used
+FIRST_WAIT = 0.05
+SAMPLE_BYTES = 256 << 10  # that make one sample of bandwidth, or
+SAMPLE_SECONDS = 0.05  # that long
+LEAST_SAMPLE = 16 << 10  # fewer bytes tell nothing of bandwidth: they came in one piece
+BACK_OFF = 0.05  # seconds after the first failure
+MOST_BACK_OFF = 30.0
+LASTING_BACK_OFF = 60.0  # of what is not mended soon: gone, refused, another version
+PERCENTILE = 0.95
+FEW = 16  # transfers; with fewer the percentile is not known
+FIRST_RATIO = 3.0  # of the seconds expected, until then
+MOST_RATIO = 20.0
+LEAST_HEDGE = 0.02  # seconds: less is noise of the machine
+HEDGED_SHARE = 0.15  # of all bytes that may be asked for a second time
+PROBE_SHARE = 0.02  # of choices that go to a source that was not asked for long
+
+
+class _State:
+    def __init__(self) -> None:
+        self.wait, self.bandwidth = Smoothed(0.2), Smoothed(0.2)
+        self.ratios: deque[float] = deque(maxlen=128)
+        self.bodies = 0  # answers coming in
+        self.outstanding = 0  # bytes asked for that are not here
+        self.busy = self.since = 0.0
+        self.busy_bytes = 0
+        self.failures = 0  # in a row
+        self.all_failures = 0
+        self.not_before = 0.0
+        self.last_used = -math.inf
+        self.total_bytes = 0
+        self.transfers = 0
+
+    def seconds(self, nbytes: float) -> float:
+        wait, bandwidth = self.wait.estimate, self.bandwidth.estimate
+        rate = bandwidth.mean if bandwidth.samples else FIRST_BANDWIDTH
+        first = wait.mean if wait.samples else FIRST_WAIT
+        return first + (self.outstanding + nbytes) / rate
+
+
+class Links:
+    """Of sources by name, in the order of preference where nothing else is known. From any thread."""
+
+    def __init__(
+        self,
+        names: Iterable[str],
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        rng: random.Random | None = None,
+    ):
+        self._states = {name: _State() for name in names}
+        self._clock = clock
+        self._rng = rng or random.Random()
+        self._lock = threading.Lock()
+        self._asked = self._hedged = 0.0  # bytes
+
+    # ---- what transfers tell --------------------------------------------------------------------
+
+    def began(self, name: str, nbytes: int, *, hedge: bool = False) -> float:
+        """A request goes out. Returns the seconds that it should take."""
+        with self._lock:
+            state = self._states[name]
+            expected = state.seconds(nbytes)
+            state.outstanding += nbytes
+            state.last_used = self._clock()
+            self._asked += nbytes
+            if hedge:
+                self._hedged += nbytes
+            return expected
+
+    def answered(self, name: str, seconds: float) -> None:
+        """The first byte of an answer came that long after the request."""
+        with self._lock:
+            state = self._states[name]
+            if seconds > 0:
+                state.wait.add(seconds)
+            self._advance(state)
+            state.bodies += 1
+
+    def received(self, name: str, nbytes: int) -> None:
+        with self._lock:
+            state = self._states[name]
+            self._advance(state)
+            state.outstanding = max(state.outstanding - nbytes, 0)
+            state.busy_bytes += nbytes
+            state.total_bytes += nbytes
+            self._sample(state)
+
+    def ended(self, name: str, missing: int, answered: bool, ratio: float | None = None) -> None:
+        """A request is over. missing: bytes that did not come.  answered: a first byte came.  ratio: seconds
+        over those expected, of one that went well; it is one that counts as no failure."""
+        with self._lock:
+            state = self._states[name]
+            self._advance(state)
+            state.outstanding = max(state.outstanding - missing, 0)
+            if answered:
+                state.bodies = max(state.bodies - 1, 0)
+            if ratio is not None:
+                state.ratios.append(min(max(ratio, 0.0), MOST_RATIO))
+                state.failures = 0
+                state.not_before = 0.0
+                state.transfers += 1
+
+    def failed(self, name: str, *, lasting: bool = False, retry_after: float = 0.0) -> float:
+        """Returns the seconds for which the source is left alone."""
+        with self._lock:
+            state = self._states[name]
+            state.failures += 1
+            state.all_failures += 1
+            base = LASTING_BACK_OFF if lasting else BACK_OFF * 2.0 ** min(state.failures - 1, 16)
+            rest = min(base, LASTING_BACK_OFF if lasting else MOST_BACK_OFF)
+            rest = max(rest * self._rng.uniform(0.5, 1.5), retry_after)
+            state.not_before = self._clock() + rest
+            return rest
+
+    def _advance(self, state: _State) -> None:
+        now = self._clock()
+        if state.bodies > 0:
+            state.busy += max(now - state.since, 0.0)
+        state.since = now
+
+    @staticmethod
+    def _sample(state: _State) -> None:
+        if state.busy_bytes < LEAST_SAMPLE or state.busy <= 0:
+            return
+        if state.busy_bytes >= SAMPLE_BYTES or state.busy >= SAMPLE_SECONDS:
+            state.bandwidth.add(state.busy_bytes / state.busy)
+            state.busy, state.busy_bytes = 0.0, 0
+
+    # ---- what follows from it -------------------------------------------------------------------
+
+    def order(self, nbytes: int, without: Iterable[str] = ()) -> list[str]:
+        """The sources that may be asked now, the one from which `nbytes` should be here first in front. Now
+        and then one that was not asked for long, since its link may be better by now."""
+        with self._lock:
+            now = self._clock()
+            left_out = set(without)
+            usable = [
+                name
+                for name, state in self._states.items()
+                if name not in left_out and state.not_before <= now
+            ]
+            usable.sort(key=lambda name: self._states[name].seconds(nbytes))
+            if len(usable) > 1 and self._rng.random() < PROBE_SHARE:
+                oldest = min(usable, key=lambda name: self._states[name].last_used)
+                usable.remove(oldest)
+                usable.insert(0, oldest)
+            return usable
+
+    def retry_in(self, without: Iterable[str] = ()) -> float:
+        """Seconds until some source may be asked again; 0: one may now; inf: there is none."""
+        with self._lock:
+            now, left_out = self._clock(), set(without)
+            return min(
+                (
+                    max(s.not_before - now, 0.0)
+                    for n, s in self._states.items()
+                    if n not in left_out
+                ),
+                default=math.inf,
+            )
+
+    def expected(self, nbytes: int) -> float:
+        """Seconds until `nbytes` should be here from the best source; inf while none may be asked."""
+        with self._lock:
+            now = self._clock()
+            usable = [s.seconds(nbytes) for s in self._states.values() if s.not_before <= now]
+            return min(usable, default=math.inf)
+
+    def hedge_after(self, name: str, nbytes: int, expected: float) -> float:
+        """Seconds after which a request that should take `expected` is late: the percentile of what
+        requests to this source took. inf where too much was asked for twice already."""
+        with self._lock:
+            if self._hedged + nbytes > HEDGED_SHARE * self._asked + nbytes / 2:
+                return math.inf
+            ratios = sorted(self._states[name].ratios)
+            known = len(ratios) >= FEW
+            ratio = ratios[int(PERCENTILE * len(ratios))] if known else FIRST_RATIO
+            return max(LEAST_HEDGE, expected * max(ratio, 1.0))
+
+    def is_up(self) -> bool:
+        """Whether some source is not known to fail."""
+        with self._lock:
+            return any(state.failures == 0 for state in self._states.values())
+
+    def link(self, name: str) -> Link:
+        """Bandwidth and latency as the monitor has them; with 0 samples they are assumptions."""
+        with self._lock:
+            state = self._states[name]
+            wait, bandwidth = state.wait.estimate, state.bandwidth.estimate
+            return Link(
+                bandwidth if bandwidth.samples else Estimate(FIRST_BANDWIDTH),
+                wait if wait.samples else Estimate(FIRST_WAIT),
+            )
+
+    def stats(self) -> dict[str, dict[str, float | int | None]]:
+        """By source: bytes/s and seconds to the first byte (None until known), bytes, transfers, failures,
+        and seconds for which it is left alone."""
+        with self._lock:
+            now = self._clock()
+            found = {}
+            for name, state in self._states.items():
+                wait, bandwidth = state.wait.estimate, state.bandwidth.estimate
+                found[name] = {
+                    "bandwidth": bandwidth.mean if bandwidth.samples else None,
+                    "first_byte": wait.mean if wait.samples else None,
+                    "bytes": state.total_bytes,
+                    "transfers": state.transfers,
+                    "failures": state.all_failures,
+                    "left_alone": max(state.not_before - now, 0.0),
+                }
+            return found
