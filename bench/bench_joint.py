@@ -73,7 +73,8 @@ class Contender:
         return logp
 
     def row(self) -> dict:
-        stats, missing = self.model.comoe.stats(), self.model.comoe.missing
+        stats = self.model.comoe.stats()
+        decided = stats["decided"]
         return {
             "method": self.name,
             "ms_mean": 1e3 * float(np.mean(self.seconds)),
@@ -83,8 +84,8 @@ class Contender:
             "bits_used": stats["bits_per_weight"],
             "bytes_read": stats["bytes_read"]["disk"],
             "pool_bytes": self.model.comoe.plan.pool_bytes,
-            "coarser": missing.coarser,
-            "waited": missing.waited,
+            "coarser": decided["coarser"],
+            "waited": decided["waited"],
             "plan": stats["plan"],
         }
 

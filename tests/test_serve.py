@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 
 import comoe
 from comoe.serve.host import ExpertHost
-from comoe.serve.server import make_token, read_token
 from comoe.tiers import expert_client as client_module
 from comoe.tiers.expert_client import (
     BadAnswer,
@@ -29,6 +28,7 @@ from comoe.tiers.expert_client import (
     Unauthorized,
     Unreachable,
 )
+from comoe.tiers.expert_token import make_token, read_token
 from comoe.tiers.expert_wire import Call, pack_call
 
 HIDDEN, EXPERTS = 160, 16

@@ -56,6 +56,8 @@ def serve_experts(
 
     Example:  comoe serve-experts ./qwen3-packed --token-file token --memory 16GB
     """
+    from comoe.tiers import expert_token
+
     try:
         from comoe.serve import server
     except ImportError as error:
@@ -63,7 +65,7 @@ def serve_experts(
             f"serve-experts needs {error.name}; install it with: pip install 'comoe[serve]'"
         ) from error
     if make_token is not None:
-        server.make_token(make_token)
+        expert_token.make_token(make_token)
         print(f"token written to {make_token}", file=sys.stderr)
         return
     if path is None or token_file is None:
@@ -72,7 +74,7 @@ def serve_experts(
         raise typer.BadParameter(f"--queue: expected at least 1, got {queue}")
     budget = None if memory is None else parse_bytes(memory, "--memory")
     max_bytes = parse_bytes(max_request, "--max-request")
-    token = server.read_token(token_file)
+    token = expert_token.read_token(token_file)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", stream=sys.stderr)
     logging.getLogger("comoe.serve").setLevel(logging.INFO)
     server.serve(

@@ -163,7 +163,7 @@ class Controller:
         self._use = use
         plan, _ = self._make_nearest(self.plan.pool_bytes)
         loss, seconds = self.planner.judge(self.sizes, self.plan)
-        better = plan.loss < (1.0 - WORTHWHILE) * loss
+        better = (plan.loss or 0.0) < (1.0 - WORTHWHILE) * loss  # None: every expert exact
         if plan.seconds is not None and seconds is not None and plan.price < math.inf:
             goal = self.planner.situation.goal
             if goal.loss is not None and loss <= goal.loss:

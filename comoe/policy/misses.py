@@ -133,6 +133,11 @@ class LeastCost:
         self.price, self.bandwidth, self.latency = price, bandwidth, latency
         self.deadline, self.elsewhere = deadline, elsewhere
 
+    @property
+    def tables(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(loss per squared gate weight float64 [X, L], inf: no such level; bytes [X, L]; steps [X, L, L])."""
+        return self._loss, self._bytes, self._steps
+
     def decide(self, chosen: Chosen) -> np.ndarray:
         x, here = chosen.experts, chosen.resident
         rows, square = np.arange(len(x)), chosen.weights**2

@@ -18,7 +18,6 @@ from comoe.policy.curve import Curve, CurvePlanner
 from comoe.policy.goal import parse_quality
 from comoe.policy.joint import GoalError, JointPlanner, Situation
 from comoe.policy.misses import MissRule
-from comoe.policy.next_use import NextUse
 from comoe.policy.plan import EvenPlanner, Plan, Planner, Sizes
 from comoe.policy.predictor import NoPredictor, Predictor, PrefetchGauge
 from comoe.policy.snapshot import Snapshot
@@ -36,7 +35,7 @@ from comoe.runtime.engine import (
 )
 from comoe.runtime.kept import Kept
 from comoe.runtime.live import Live
-from comoe.runtime.missing import MissHandler
+from comoe.runtime.missing import MissHandler, native_rule
 from comoe.runtime.prefill import forward_unpacked
 from comoe.runtime.reader_core import ReaderCore
 from comoe.runtime.remote import FETCH_BYTES, Remote
@@ -55,6 +54,8 @@ UPGRADE_EVERY = 8  # steps between choices of experts that climb
 FOLLOW_EVERY = 64  # steps between plans for what the text uses
 PLANNING_SHARE = 0.01  # of the time that planning for the text may take
 KEPT_FREE = 0.01  # share of the machine's memory that is left to others
+NATIVE_GATE_TOKENS = 8  # more are a product for torch
+_NOBODY = np.empty(0, np.int64)
 CALM_STEPS = 8  # steps without pressure before the pool takes back what it lent
 
 
@@ -155,18 +156,18 @@ class Runtime:
         self.remote = None if remote is None else Remote(self.engine, remote, table)
         self.records = Records(store, table)
         self.missing = MissHandler(self.engine, self.store_sizes)
-        self.kept = Kept(self.engine, cache or NextUse(self.store_sizes.num_experts), table.ids)
         self._op = _C.MoeOp(self.engine, list(store.levels.masks))
         for layer_idx, (spec, layer) in enumerate(zip(specs, store.layers, strict=True)):
             activation = spec.activation or "silu"
             ids = table.ids[layer_idx]
             add_layer(self._op, layer, ids, first[layer_idx], activation, spec.alpha, spec.limit)
-        self._used = [np.zeros(spec.num_experts, np.uint8) for spec in specs]
+        self._policy = _C.MoePolicy(self.engine, self._op, cache is None, self.live.profile.decay)
+        self.kept = Kept(self.engine, cache or self._policy, table.ids)
+        for layer_idx, bits in enumerate(self.records.bits):
+            self._policy.set_bits(layer_idx, bits)
+        ends = np.cumsum([spec.num_experts for spec in specs])
+        self._used = np.split(self._policy.used(), ends[:-1])  # views: level used + 1 in this step
         self._kernel_levels = kernel_levels(store.levels)
-        self._uses, self._bits_used = 0, 0.0
-        self._predicted: dict[
-            int, tuple[int, np.ndarray]
-        ] = {}  # by layer: seen from where, experts
         self._install(self.plan)
 
     # ---- computing ------------------------------------------------------------------------------
@@ -203,79 +204,87 @@ class Runtime:
         if hidden.stride(-1) != 1:
             hidden = hidden.contiguous()
         index = top_k_index.to(torch.int64).contiguous()
-        ahead = self._predict(layer_idx, hidden)
-        index = self._face_misses(layer_idx, index, top_k_weights)
-        used = np.zeros(spec.num_experts, np.uint8)
+        weights = top_k_weights.to(torch.float32).contiguous()
+        routing = (index.data_ptr(), weights.data_ptr(), tokens, k)
+        later, guess, gate = self._guess(layer_idx, hidden)
+        index, low = self._face_misses(layer_idx, index, weights)
         rows = tokens * k / min(spec.num_experts, max(tokens * k, 1))
         part = max(EXPERT_ROWS // (4 * k * (spec.hidden + spec.intermediate)), 1)
         # Parts would read missing experts again, so there all tokens go through one expert at a time.
         at_once = tokens <= part or self.plan.resident
         if spec.runs_in_torch or rows >= self._prefill_rows[layer_idx] or not at_once:
-            out = forward_unpacked(
-                self._op, layer_idx, spec, hidden, index, top_k_weights, used, ahead
-            )
-        else:
-            weights = top_k_weights.to(torch.float32).contiguous()
-            rounds = hidden.dtype != torch.float32 and top_k_weights.dtype == hidden.dtype
-            out = torch.empty((tokens, spec.hidden), dtype=hidden.dtype)
-            for i in range(0, tokens, part):
-                self._op.forward(
-                    layer_idx,
-                    hidden[i:].data_ptr(),
-                    DTYPES[hidden.dtype],
-                    hidden.stride(0),
-                    index[i:].data_ptr(),
-                    weights[i:].data_ptr(),
-                    min(part, tokens - i),
-                    k,
-                    out[i:].data_ptr(),
-                    rounds,
-                    used,
-                    ahead,
+            self._policy.note_routing(layer_idx, *routing)
+            if low is None:
+                decided = self._policy.decide(layer_idx, *routing)
+                index, low = (
+                    (torch.from_numpy(decided[0]), decided[1]) if decided else (index, None)
                 )
-        self._note_used(layer_idx, used)
+            if gate is not None:
+                guess = self._predict(layer_idx, hidden)[1]
+            ahead = self._policy.read_ahead(layer_idx, later, _NOBODY if guess is None else guess)
+            used = np.zeros(spec.num_experts, np.uint8)
+            out = forward_unpacked(
+                self._op, layer_idx, spec, hidden, index, top_k_weights, used, ahead, low
+            )
+            self._policy.ran(layer_idx, used)
+        else:
+            out = torch.empty((tokens, spec.hidden), dtype=hidden.dtype)
+            self._policy.step(
+                self._op,
+                layer_idx,
+                hidden.data_ptr(),
+                DTYPES[hidden.dtype],
+                hidden.stride(0),
+                index.data_ptr(),
+                weights.data_ptr(),
+                tokens,
+                k,
+                out.data_ptr(),
+                hidden.dtype != torch.float32 and top_k_weights.dtype == hidden.dtype,
+                part,
+                low,
+                later,
+                guess,
+                gate,
+            )
+        if self.kept.watches and not self.plan.resident:
+            self.kept.note(layer_idx, self._used[layer_idx])
         return out
 
     def _face_misses(
         self, layer_idx: int, index: torch.Tensor, weights: torch.Tensor
-    ) -> torch.Tensor:
-        """The indices to compute, once the rule has decided what not to wait for."""
-        if not self._follows:
-            return index
-        gates = weights.detach().to(torch.float32).numpy()
-        self.live.profile.note(layer_idx, index.numpy(), gates)
-        if self._rule is None:
-            return index
+    ) -> tuple[torch.Tensor, np.ndarray | None]:
+        """The indices to compute and the levels to start at, if a rule in Python decides what not to wait
+        for; else all of them and None."""
+        if self._rule is None or self.plan.resident:
+            return index, None
         low, want = self._min_level[layer_idx], self._want_level[layer_idx]
-        decided = self.missing.decide(self._rule, layer_idx, index.numpy(), gates, low, want)
-        if decided is not None:
-            index, low = torch.from_numpy(decided[0]), decided[1]
-        self._op.set_levels(layer_idx, low, want)
-        return index
+        decided = self.missing.decide(
+            self._rule, layer_idx, index.numpy(), weights.numpy(), low, want
+        )
+        return (index, low) if decided is None else (torch.from_numpy(decided[0]), decided[1])
 
-    def _predict(self, layer_idx: int, hidden: torch.Tensor) -> np.ndarray:
-        """Records to read ahead while this layer computes: int32, most wanted first."""
-        if self.plan.resident or not self.gauge.useful:
-            return np.empty(0, np.int32)
-        ahead = []
+    def _guess(
+        self, layer_idx: int, hidden: torch.Tensor
+    ) -> tuple[int, np.ndarray | None, tuple | None]:
+        """What to read ahead while this layer computes: (later layer or -1, its likely experts, or its gate
+        for the native half to ask)."""
+        last = layer_idx + 1 == len(self.specs)
+        if last or self.plan.resident or not self.gauge.useful:
+            return -1, None, None
+        if len(hidden) <= NATIVE_GATE_TOKENS and not self.kept.watches:
+            gate = self.predictor.linear_gate(layer_idx)
+            if gate is not None:
+                return layer_idx + 1, None, gate
+        return *self._predict(layer_idx, hidden), None
+
+    def _predict(self, layer_idx: int, hidden: torch.Tensor) -> tuple[int, np.ndarray | None]:
+        """The next layer's likely experts, or (-1, None)."""
         for later, experts in self.predictor.predict(layer_idx, hidden):
-            self._predicted[later] = (layer_idx, experts)
-            self.kept.predicted(later, later - layer_idx, experts)
-            ahead.append(self.records.of(later, experts, self._min_level[later][experts]))
-        return np.concatenate(ahead) if ahead else np.empty(0, np.int32)
-
-    def _note_used(self, layer_idx: int, used: np.ndarray) -> None:
-        np.maximum(self._used[layer_idx], used, out=self._used[layer_idx])
-        experts = np.flatnonzero(used)
-        self._uses += experts.size
-        self._bits_used += self.records.bits(layer_idx, experts, used[experts] - 1).sum()
-        predicted = self._predicted.pop(layer_idx, None)
-        if predicted is not None:
-            since, guess = predicted
-            self.gauge.note(guess, experts)
-            self.kept.judge(layer_idx, layer_idx - since, guess, experts)
-        if not self.plan.resident:
-            self.kept.note(layer_idx, experts, used[experts].astype(np.int64) - 1)
+            if self.kept.watches:
+                self.kept.predicted(layer_idx, later, experts)
+            return later, np.asarray(experts, np.int64)
+        return -1, None
 
     @property
     def _follows(self) -> bool:
@@ -363,6 +372,14 @@ class Runtime:
         """Changes how long a token should take at most; None: no target. As set_quality."""
         return self._set_goal(lambda: self.controller.set_latency_target(seconds))
 
+    def set_miss_rule(self, rule: MissRule | None) -> None:
+        """Who decides what not to wait for, from now on: a rule of comoe.policy.misses; None: the plan."""
+        if self.config.exact and rule is not None:
+            raise ValueError("exact weights are always waited for; load the model without exact")
+        with self._lock:
+            self._rule = rule
+            self._set_rule()
+
     def _set_goal(self, change: Callable[[], object]) -> str:
         if self.config.exact:
             raise ValueError(
@@ -420,17 +437,21 @@ class Runtime:
         if snapshot is not self._snapshot:
             self._snapshot = snapshot
             decision = self.controller.observe(snapshot, self.engine.stats()["mapped_bytes"])
-        if self._follows and self._step % FOLLOW_EVERY == 0 and self.live.profile.seen:
+        if self._follows and self._step % FOLLOW_EVERY == 0 and self._step:
             decision = self._follow_text() or decision
         if decision is not None:
             lent = decision.before is not None and self.plan.pool_bytes < decision.before.pool_bytes
             most = self.plan.pool_bytes if lent else decision.after.pool_bytes
             self._install(self._plan_for(min(most, decision.after.pool_bytes)))
 
+    def _know_text(self) -> None:
+        self.live.profile.know(*self._policy.profile())
+
     def _follow_text(self) -> Decision | None:
         begin = time.perf_counter()
         if begin < self._follow_at:
             return None
+        self._know_text()
         decision = self.controller.follow(self.live.profile.use())
         end = time.perf_counter()
         self._follow_at = end + (end - begin) / PLANNING_SHARE
@@ -499,9 +520,16 @@ class Runtime:
         # Then, until the cache knows better, whatever fits of what the plan aims at.
         self.engine.request(self.records.in_order(base), UPGRADE)
         self.engine.request(self.records.in_order(aimed & ~base), UPGRADE)
-        self._rule = None
-        if isinstance(self.planner, JointPlanner):
-            self._rule = self.live.rule(plan, self.planner.loss, self.planner.use)
+        self._set_rule()
+
+    def _set_rule(self) -> None:
+        """What the plan in force says about misses, unless somebody else's rule decides."""
+        rule = None
+        if self._follows and self._rule is None:
+            self._know_text()
+            rule = self.live.rule(self.plan, self.planner.loss, self.planner.use)
+        reads = not self.plan.resident
+        self._policy.set_plan(reads, rule and native_rule(rule), self._follows)
 
     def _set_values(self, base: np.ndarray) -> None:
         """Where all is held, what is above the plan gets its value from `upgrades`; else from the cache."""
@@ -563,7 +591,7 @@ class Runtime:
 
     def stats(self) -> dict:
         """Figures so far; sizes in bytes, times in seconds."""
-        engine = self.engine.stats()
+        engine, policy = self.engine.stats(), self._policy.counters()
         return {
             "memory": self.budget.memory,
             "baseline": self.budget.baseline,
@@ -571,12 +599,21 @@ class Runtime:
             "dense_bytes": self.budget.sizes.dense,
             "expert_bytes": int(self.records.payload_bytes(self.engine.resident() == RESIDENT)),
             "expert_bytes_exact": self.records.exact_bytes(),
-            "bits_per_weight": float(self._bits_used / max(self._uses, 1)),
+            "bits_per_weight": policy["bits"] / max(policy["uses"], 1),
             "bytes_read": self._bytes_read(engine),
             # Computed without waiting, at the level wanted or a coarser one that the plan allows.
             "hits": engine["hits"] + engine["partial_hits"],
             "misses": engine["misses"],
-            "prefetch": self.gauge.stats(),
+            "prefetch": {
+                **self.gauge.stats(),
+                "recall": policy["guessed_used"] / max(policy["used"], 1),
+                "precision": policy["guessed_used"] / max(policy["guessed"], 1),
+            },
+            # Experts of which something was missing, by what was decided about them.
+            "decided": {
+                name: policy[name] + getattr(self.missing, name)
+                for name in ("waited", "coarser", "skipped")
+            },
             "plan": self.plan.describe(),
             "engine": engine,
         } | ({} if self.remote is None else {"remote": self.remote.stats()})

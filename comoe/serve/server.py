@@ -8,9 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import secrets
 import signal
-import stat
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,42 +21,11 @@ from comoe.config import format_bytes
 from comoe.serve.app import ExpertService
 from comoe.serve.host import ExpertHost
 
-LEAST_TOKEN = 16  # characters
 HEAD_SECONDS = 10.0  # that a request's head may take
 HEAD_BYTES = 1 << 20  # uvicorn hands on up to 256 KB at once, of which a body may be a part
 MOST_CONNECTIONS = 256
 GRACE_SECONDS = 5
 log = logging.getLogger("comoe.serve")
-
-
-def read_token(path: str | Path) -> str:
-    """The first line of a file that only its owner can read. Raises ValueError if it will not do."""
-    path = Path(path)
-    try:
-        lines = path.read_text("ascii").splitlines()
-        mode = path.stat().st_mode
-    except OSError as error:
-        raise ValueError(
-            f"--token-file: {path} cannot be read ({error.strerror}); make one: comoe serve-experts --make-token {path}"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--token-file: {path}: expected ASCII text") from error
-    token = lines[0].strip() if lines else ""
-    if len(token) < LEAST_TOKEN or not token.isprintable() or " " in token:
-        raise ValueError(
-            f"--token-file: {path}: expected a first line of at least {LEAST_TOKEN} printable characters "
-            "without spaces"
-        )
-    if mode & (stat.S_IRWXG | stat.S_IRWXO):
-        raise ValueError(f"--token-file: others may read {path}; chmod 600 {path}")
-    return token
-
-
-def make_token(path: str | Path) -> None:
-    """Writes a new token of 256 bits, readable by its owner only. Raises FileExistsError."""
-    path = Path(path)
-    path.touch(mode=0o600, exist_ok=False)
-    path.write_text(secrets.token_urlsafe(32) + "\n")
 
 
 class _Bounded(HttpToolsProtocol):

@@ -14,6 +14,7 @@ void bind_rounding(py::module_& m);
 void bind_engine(py::module_& m);
 void bind_cpu(py::module_& m);
 void bind_moe(py::module_& m);
+void bind_policy(py::module_& m);
 void bind_device(py::module_& m);
 
 }  // namespace comoe
