@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeout
 
 import numpy as np
 import torch
@@ -95,7 +96,7 @@ class ExpertsElsewhere:
         """float32 [T, H], or None: it failed, or is late."""
         try:
             out = future.result(self.policy.timeout(tokens))
-        except TimeoutError:
+        except FutureTimeout:
             return None  # `_compute` says so to the policy, at about the same time
         return None if out is None else torch.from_numpy(out)
 

@@ -23,6 +23,7 @@ from comoe.policy.predictor import NoPredictor, Predictor, PrefetchGauge
 from comoe.policy.snapshot import Snapshot
 from comoe.policy.upgrades import RecentUse, UpgradePolicy
 from comoe.runtime.budget import EXPERT_ROWS, LONG_STEP, Budget, ModelSizes, Step
+from comoe.runtime.elsewhere import ExpertsElsewhere
 from comoe.runtime.engine import (
     Records,
     RecordTable,
@@ -36,11 +37,15 @@ from comoe.runtime.engine import (
 from comoe.runtime.kept import Kept
 from comoe.runtime.live import Live
 from comoe.runtime.missing import MissHandler, native_rule
+from comoe.runtime.network import Network, best_link
 from comoe.runtime.prefill import forward_unpacked
 from comoe.runtime.reader_core import ReaderCore
 from comoe.runtime.remote import FETCH_BYTES, Remote
 from comoe.runtime.spec import ExpertsSpec
 from comoe.store import Store
+from comoe.store.identity import store_id
+from comoe.tiers.expert_client import ExpertClient
+from comoe.tiers.expert_token import read_token
 from comoe.tiers.remote_store import RemoteStore
 from comoe_kernels.expert_ffn import prefill_rows
 from comoe_kernels.threads import use_own_threads
@@ -67,9 +72,18 @@ def joint_planner(store: Store, sizes: Sizes, experts_per_token: int) -> JointPl
     return JointPlanner(losses["loss"], losses["use"], losses["floor"])
 
 
-def planner_of(store: Store, sizes: Sizes, config: CoMoEConfig, experts_per_token: int) -> Planner:
-    """For a goal the joint planner; else by the measured curve of an aggregated store, or all alike."""
-    if config.quality is not None or config.latency is not None:
+def planner_of(
+    store: Store,
+    sizes: Sizes,
+    config: CoMoEConfig,
+    experts_per_token: int,
+    *,
+    network: bool = False,
+) -> Planner:
+    """For a goal, and where misses are decided by their cost (network), the joint planner; else by the
+    measured curve of an aggregated store, or all alike."""
+    by_cost = network and not config.exact
+    if by_cost or config.quality is not None or config.latency is not None:
         return joint_planner(store, sizes, experts_per_token)
     losses = store.losses()
     if losses is None:
@@ -127,7 +141,10 @@ class Runtime:
 
         table = RecordTable(store)
         self.store_sizes = store_sizes(store, table)
-        self.planner = planner or planner_of(store, self.store_sizes, config, experts_per_token)
+        network = remote is not None or config.expert_server is not None
+        self.planner = planner or planner_of(
+            store, self.store_sizes, config, experts_per_token, network=network
+        )
         least = self.planner.least(self.store_sizes, exact=config.exact)
         largest = self.store_sizes.largest(least)
         in_full = self.store_sizes.total(store.levels.exact)
@@ -141,6 +158,8 @@ class Runtime:
             min(planned, in_full + floor), largest, floor, store.page_bytes
         )
         self.live = Live(self.store_sizes, specs, sizes.dense, self._budget_pool())
+        if remote is not None:
+            self.live.network = lambda: best_link(remote.sources.links)
         self.controller = self._controller()
         self.plan = self.controller.plan
         self.engine, first = open_engine(
@@ -154,6 +173,12 @@ class Runtime:
             remote=remote is not None,
         )
         self.remote = None if remote is None else Remote(self.engine, remote, table)
+        self.network = None
+        if network and not config.exact:
+            links = None if remote is None else remote.sources.links
+            self.network = Network(self.engine, self.store_sizes, links, self._elsewhere())
+        # In force beside the plan; None: nothing is missing.
+        self._network_rule: MissRule | None = None
         self.records = Records(store, table)
         self.missing = MissHandler(self.engine, self.store_sizes)
         self._op = _C.MoeOp(self.engine, list(store.levels.masks))
@@ -169,6 +194,16 @@ class Runtime:
         self._used = np.split(self._policy.used(), ends[:-1])  # views: level used + 1 in this step
         self._kernel_levels = kernel_levels(store.levels)
         self._install(self.plan)
+        if self.network is not None and not self._rule:
+            least = self.planner.least(self.store_sizes, exact=False)
+            self.network.wait_for(self.store_sizes.chosen(least), self.plan.pool_bytes)
+
+    def _elsewhere(self) -> ExpertsElsewhere | None:
+        """The machine of config.expert_server."""
+        if self.config.expert_server is None:
+            return None
+        client = ExpertClient(self.config.expert_server, read_token(self.config.expert_token_file))
+        return ExpertsElsewhere(client, store_id(self.store), self.specs, self.store.levels)
 
     # ---- computing ------------------------------------------------------------------------------
 
@@ -189,8 +224,7 @@ class Runtime:
             raise RuntimeError(
                 "experts_forward: this model's experts were closed; load the model again to use it"
             )
-        spec = self.specs[layer_idx]
-        tokens, k = top_k_index.shape
+        tokens = len(top_k_index)
         # An encoder runs before its model's own pass begins.
         per_layer = max(self._per_layer, tokens * self.budget.sizes.activations_per_token)
         if per_layer >= LONG_STEP:
@@ -204,10 +238,57 @@ class Runtime:
         if hidden.stride(-1) != 1:
             hidden = hidden.contiguous()
         index = top_k_index.to(torch.int64).contiguous()
+        local, low, sent = self._face_misses(layer_idx, index, top_k_weights)
+        if self.network is None:
+            return self._compute(layer_idx, hidden, local, top_k_weights, low)
+        call = None
+        if sent.size:
+            call = self.network.away.send(layer_idx, hidden, index, top_k_weights, sent)
+        try:
+            out = self._compute(layer_idx, hidden, local, top_k_weights, low)
+        except OSError:
+            self.network.late()
+            out = self._compute_here(layer_idx, hidden, local, top_k_weights, None)
+        if call is not None:
+            other = self.network.away.result(call, tokens)
+            if other is None:
+                out += self._compute_here(layer_idx, hidden, index, top_k_weights, sent)
+            else:
+                out = (out.float() + other).to(out.dtype)
+        return out
+
+    def _compute_here(
+        self,
+        layer_idx: int,
+        hidden: torch.Tensor,
+        index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+        only: np.ndarray | None,
+    ) -> torch.Tensor:
+        """With nothing but what is here; only: int64 [n], of these experts."""
+        want = self._want_level[layer_idx]
+        for last in (False, False, True):
+            found, low = self.missing.without_waiting(layer_idx, index.numpy(), only, want)
+            try:
+                return self._compute(layer_idx, hidden, torch.from_numpy(found), top_k_weights, low)
+            except OSError:  # something has just been evicted
+                if last:
+                    raise
+
+    def _compute(
+        self,
+        layer_idx: int,
+        hidden: torch.Tensor,
+        index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+        low: np.ndarray | None,
+    ) -> torch.Tensor:
+        """On this machine. low: uint8 [E] where compute may start; None: as the plan's rule decides."""
+        spec = self.specs[layer_idx]
+        tokens, k = index.shape
         weights = top_k_weights.to(torch.float32).contiguous()
         routing = (index.data_ptr(), weights.data_ptr(), tokens, k)
         later, guess, gate = self._guess(layer_idx, hidden)
-        index, low = self._face_misses(layer_idx, index, weights)
         rows = tokens * k / min(spec.num_experts, max(tokens * k, 1))
         part = max(EXPERT_ROWS // (4 * k * (spec.hidden + spec.intermediate)), 1)
         # Parts would read missing experts again, so there all tokens go through one expert at a time.
@@ -253,16 +334,20 @@ class Runtime:
 
     def _face_misses(
         self, layer_idx: int, index: torch.Tensor, weights: torch.Tensor
-    ) -> tuple[torch.Tensor, np.ndarray | None]:
-        """The indices to compute and the levels to start at, if a rule in Python decides what not to wait
-        for; else all of them and None."""
-        if self._rule is None or self.plan.resident:
-            return index, None
+    ) -> tuple[torch.Tensor, np.ndarray | None, np.ndarray]:
+        """The indices to compute here, the levels to start at, and the experts that another machine computes, if
+        a rule in Python decides what not to wait for; else all of them, None and none."""
+        rule = self._network_rule
+        if self._rule is not None:
+            rule = None if self.plan.resident else self._rule
+        if rule is None:
+            return index, None, _NOBODY
         low, want = self._min_level[layer_idx], self._want_level[layer_idx]
-        decided = self.missing.decide(
-            self._rule, layer_idx, index.numpy(), weights.numpy(), low, want
-        )
-        return (index, low) if decided is None else (torch.from_numpy(decided[0]), decided[1])
+        gates = weights.detach().to(torch.float32).numpy()
+        decided = self.missing.decide(rule, layer_idx, index.numpy(), gates, low, want)
+        if decided is None:
+            return index, low, _NOBODY
+        return torch.from_numpy(decided[0]), decided[1], decided[2]
 
     def _guess(
         self, layer_idx: int, hidden: torch.Tensor
@@ -437,12 +522,41 @@ class Runtime:
         if snapshot is not self._snapshot:
             self._snapshot = snapshot
             decision = self.controller.observe(snapshot, self.engine.stats()["mapped_bytes"])
+        if self.network is not None:
+            decision = self._watch_path(snapshot) or decision
         if self._follows and self._step % FOLLOW_EVERY == 0 and self._step:
             decision = self._follow_text() or decision
         if decision is not None:
             lent = decision.before is not None and self.plan.pool_bytes < decision.before.pool_bytes
             most = self.plan.pool_bytes if lent else decision.after.pool_bytes
             self._install(self._plan_for(min(most, decision.after.pool_bytes)))
+
+    def _watch_path(self, snapshot: Snapshot) -> Decision | None:
+        """Follows the network: another path asks for another plan, and for the most valuable first."""
+        reason = self.network.look()
+        complete = self.plan.resident and self._has(self._base)
+        self._network_rule = None if complete or self._rule is not None else self.network.rule
+        if reason is None:
+            return None
+        if not complete and self._follows:
+            self.engine.cancel(UPGRADE)
+            self._request_missing()
+        return self.controller.path_changed(snapshot, reason)
+
+    def _request_missing(self) -> None:
+        """Asks for what the plan holds and what it aims at: from afar the most valuable increments first."""
+        if self.network is None or not self._follows:
+            aimed = self.store_sizes.chosen(self.plan.min_level)
+            self.engine.request(self.records.in_order(self._base), UPGRADE)
+            self.engine.request(self.records.in_order(aimed & ~self._base), UPGRADE)
+            return
+        before = np.maximum(self.planner.use, 1e-9)
+        scale = np.clip(self.live.profile.use() / before, 0.1, 10.0)
+        levels = self.plan.min_level.astype(np.int64)
+        ids = self.network.order(self.planner.loss, scale, levels)
+        held = self._base[ids]
+        self.engine.request(ids[held], UPGRADE)
+        self.engine.request(ids[~held], UPGRADE)
 
     def _know_text(self) -> None:
         self.live.profile.know(*self._policy.profile())
@@ -518,8 +632,7 @@ class Runtime:
         self.engine.forget_largest_need()
         self.engine.set_budget(plan.pool_bytes)
         # Then, until the cache knows better, whatever fits of what the plan aims at.
-        self.engine.request(self.records.in_order(base), UPGRADE)
-        self.engine.request(self.records.in_order(aimed & ~base), UPGRADE)
+        self._request_missing()
         self._set_rule()
 
     def _set_rule(self) -> None:
@@ -527,7 +640,11 @@ class Runtime:
         rule = None
         if self._follows and self._rule is None:
             self._know_text()
-            rule = self.live.rule(self.plan, self.planner.loss, self.planner.use)
+            tables = (self.plan, self.planner.loss, self.planner.use)
+            if self.network is None:
+                rule = self.live.rule(*tables)
+            else:
+                self._network_rule = self.network.new_rule(self.live, *tables)
         reads = not self.plan.resident
         self._policy.set_plan(reads, rule and native_rule(rule), self._follows)
 
@@ -561,7 +678,10 @@ class Runtime:
             return
         missing = self._base & (self.engine.resident() == ABSENT)
         if missing.any():
-            self.engine.request(self.records.in_order(missing), UPGRADE)
+            if self.network is None:
+                self.engine.request(self.records.in_order(missing), UPGRADE)
+            else:
+                self._request_missing()
         for layer_idx, experts, values in self.upgrades.choose():
             low, high = (level[layer_idx][experts] for level in (self._min_level, self._want_level))
             ids, which = self.records.above(layer_idx, experts, low, high)
@@ -613,10 +733,15 @@ class Runtime:
             "decided": {
                 name: policy[name] + getattr(self.missing, name)
                 for name in ("waited", "coarser", "skipped")
-            },
+            }
+            | {"sent": self.missing.sent},
             "plan": self.plan.describe(),
             "engine": engine,
-        } | ({} if self.remote is None else {"remote": self.remote.stats()})
+        } | {
+            name: part.stats()
+            for name, part in (("remote", self.remote), ("network", self.network))
+            if part is not None
+        }
 
     def _bytes_read(self, engine: dict) -> dict[str, int]:
         if self.remote is None:
@@ -635,6 +760,8 @@ class Runtime:
                 self._closed = True
                 self._keep_freed(True)
                 self.engine.close()
+                if self.network is not None:
+                    self.network.close()
                 if self.remote is not None:
                     self.remote.close()
                 if self._on_close:
