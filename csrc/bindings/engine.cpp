@@ -192,8 +192,7 @@ void bind_engine(py::module_& m) {
         py::call_guard<py::gil_scoped_release>(),
         "Seconds that plain O_DIRECT reads of [begin, end) take: the measured ceiling of a disk.");
 
-  const auto& read_error = py::register_exception<ReadError>(m, "ReadError", PyExc_OSError);
-  py::register_exception<LateError>(m, "LateError", read_error);
+  py::register_exception<ReadError>(m, "ReadError", PyExc_OSError);
   py::register_exception<BudgetError>(m, "BudgetError", PyExc_ValueError);
   py::register_exception<EngineClosed>(m, "EngineClosed", PyExc_RuntimeError);
   Engine::set_interrupt_check(&check_python_signals);
@@ -343,9 +342,6 @@ void bind_engine(py::module_& m) {
             engine.set_value(array.data(), value.data(), array.size());
           },
           py::arg("ids"), py::arg("values"))
-      .def("set_wait_limit", &Engine::set_wait_limit, py::arg("seconds"),
-           "How long a session waits at most before it raises LateError; its reads go on. inf: no "
-           "limit.")
       .def("set_budget", &Engine::set_budget, py::arg("bytes"), py::arg("timeout") = 10.0,
            py::call_guard<py::gil_scoped_release>(),
            "Returns when the memory is back with the system; raises with the reason if it is not "

@@ -6,7 +6,6 @@
 #include <cmath>
 #include <condition_variable>
 #include <cstring>
-#include <limits>
 #include <mutex>
 
 #include "cpu_backend.h"
@@ -148,7 +147,6 @@ struct EngineState final : BackendEvents {
   int control_waiters = 0;  // threads in wait_until, which no session's wake-up reaches
   int64_t waits = 0;
   double wait_seconds = 0;
-  double wait_limit = std::numeric_limits<double>::infinity();
   bool closed = false;
 };
 
@@ -167,7 +165,6 @@ void Session::close() {
 bool Session::next(std::vector<Ready>& ready) {
   EngineState& s = *state_;
   std::unique_lock<std::mutex> lock(s.mutex);
-  double waited = 0;
   for (;;) {
     ready.clear();
     if (!s.core.has_session(id_)) return false;
@@ -180,17 +177,10 @@ bool Session::next(std::vector<Ready>& ready) {
       throw ReadError(s.core.error(id_));
     }
     s.require_open();
-    if (waited >= s.wait_limit)
-      throw LateError("records were not here within " + std::to_string(s.wait_limit) +
-                      " s; what is on its way goes on coming");
     const auto begin = Clock::now();
-    const std::chrono::duration<double> slice = std::min<std::chrono::duration<double>>(
-        kInterruptSlice, std::chrono::duration<double>(s.wait_limit - waited));
-    const bool timed_out = s.changed.wait_for(lock, slice) == std::cv_status::timeout;
+    const bool timed_out = s.changed.wait_for(lock, kInterruptSlice) == std::cv_status::timeout;
     ++s.waits;
-    const double slept = std::chrono::duration<double>(Clock::now() - begin).count();
-    waited += slept;
-    s.wait_seconds += slept;
+    s.wait_seconds += std::chrono::duration<double>(Clock::now() - begin).count();
     if (timed_out) s.check_interrupt(lock);
   }
 }
@@ -212,13 +202,6 @@ Engine::Engine(const EngineConfig& config, std::unique_ptr<Backend> backend)
 Engine::~Engine() { close(); }
 
 void Engine::set_interrupt_check(void (*check)()) { interrupt_check = check; }
-
-void Engine::set_wait_limit(double seconds) {
-  if (!(seconds > 0))
-    throw std::invalid_argument("Engine.set_wait_limit: expected seconds above 0, or inf");
-  std::lock_guard<std::mutex> lock(state_->mutex);
-  state_->wait_limit = seconds;
-}
 
 int64_t Engine::page_bytes() const { return state_->config.page_bytes; }
 

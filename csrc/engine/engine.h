@@ -31,11 +31,6 @@ struct EngineConfig {
 struct ReadError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
-
-// What a session needs is not here within the limit of Engine::set_wait_limit.
-struct LateError : ReadError {
-  using ReadError::ReadError;
-};
 struct EngineClosed : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
@@ -116,9 +111,6 @@ class Engine {
   void pin(const int32_t* ids, int64_t count, bool pinned);
   void set_value(const int32_t* ids, const float* values, int64_t count);
 
-  // A session's next() waits at most that long, then it throws LateError; its reads go on, and what
-  // they bring is kept. inf (the default): as long as it takes.
-  void set_wait_limit(double seconds);
   // Returns when the memory above the budget is back with the system; if it is not within the
   // timeout, because sessions hold pages, throws; the new budget is in force all the same.
   void set_budget(int64_t bytes, double timeout_seconds = 10);
