@@ -208,9 +208,16 @@ class NextGate(Predictor):
             return None
         return gates[-1].choose(hidden)
 
-    def linear_gate(self, layer_idx: int) -> tuple[int, int, int, int] | None:
-        gate = self._gates[layer_idx]
-        return gate.address() if isinstance(gate, LinearGate) and self.depth == 1 else None
+    def linear_gates(self, layer_idx: int) -> list[tuple[int, tuple[int, int, int, int]]]:
+        gates = []
+        for later, gate in enumerate(
+            self._gates[layer_idx : layer_idx + self.depth], layer_idx + 1
+        ):
+            address = gate.address() if isinstance(gate, LinearGate) else None
+            if address is None:
+                return gates if gate is None else []
+            gates.append((later, address))
+        return gates
 
     def predict(self, layer_idx: int, hidden: torch.Tensor) -> list[tuple[int, np.ndarray]]:
         """Likely experts of the next layers, nearest layer and most wanted first; [] where the next router

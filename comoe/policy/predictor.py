@@ -28,10 +28,11 @@ class Predictor(Protocol):
         first), nearest layer first; empty if it cannot tell."""
         ...
 
-    def linear_gate(self, layer_idx: int) -> tuple[int, int, int, int] | None:
-        """If predict(layer_idx) would give the next layer and the k largest scores of a linear gate: (address
-        of its weights [E, H], of its bias or 0, dtype as the kernels number it, k), valid for this call."""
-        return None
+    def linear_gates(self, layer_idx: int) -> list[tuple[int, tuple[int, int, int, int]]]:
+        """If predict(layer_idx) would give the k largest scores of linear gates: pairs of the later layer and
+        its gate: (address of its weights [E, H], of its bias or 0, dtype as the kernels number it, k), valid
+        for this call. Empty: ask predict."""
+        return []
 
     def predict_next(self, layer_idx: int) -> np.ndarray | None:
         """After `layer_idx` ran: int64 array of what it will likely use at the next token, most likely

@@ -60,7 +60,6 @@ FOLLOW_EVERY = 64  # steps between plans for what the text uses
 PLANNING_SHARE = 0.01  # of the time that planning for the text may take
 KEPT_FREE = 0.01  # share of the machine's memory that is left to others
 NATIVE_GATE_TOKENS = 8  # more are a product for torch
-_NOBODY = np.empty(0, np.int64)
 CALM_STEPS = 8  # steps without pressure before the pool takes back what it lent
 
 
@@ -288,7 +287,7 @@ class Runtime:
         tokens, k = index.shape
         weights = top_k_weights.to(torch.float32).contiguous()
         routing = (index.data_ptr(), weights.data_ptr(), tokens, k)
-        later, guess, gate = self._guess(layer_idx, hidden)
+        guesses = self._guess(layer_idx, hidden)
         rows = tokens * k / min(spec.num_experts, max(tokens * k, 1))
         part = max(EXPERT_ROWS // (4 * k * (spec.hidden + spec.intermediate)), 1)
         # Parts would read missing experts again, so there all tokens go through one expert at a time.
@@ -300,9 +299,9 @@ class Runtime:
                 index, low = (
                     (torch.from_numpy(decided[0]), decided[1]) if decided else (index, None)
                 )
-            if gate is not None:
-                guess = self._predict(layer_idx, hidden)[1]
-            ahead = self._policy.read_ahead(layer_idx, later, _NOBODY if guess is None else guess)
+            if any(gate for _, _, gate in guesses):
+                guesses = self._predict(layer_idx, hidden)
+            ahead = self._policy.read_ahead(layer_idx, guesses)
             used = np.zeros(spec.num_experts, np.uint8)
             out = forward_unpacked(
                 self._op, layer_idx, spec, hidden, index, top_k_weights, used, ahead, low
@@ -324,9 +323,7 @@ class Runtime:
                 hidden.dtype != torch.float32 and top_k_weights.dtype == hidden.dtype,
                 part,
                 low,
-                later,
-                guess,
-                gate,
+                guesses,
             )
         if self.kept.watches and not self.plan.resident:
             self.kept.note(layer_idx, self._used[layer_idx])
@@ -349,27 +346,25 @@ class Runtime:
             return index, low, _NOBODY
         return torch.from_numpy(decided[0]), decided[1], decided[2]
 
-    def _guess(
-        self, layer_idx: int, hidden: torch.Tensor
-    ) -> tuple[int, np.ndarray | None, tuple | None]:
-        """What to read ahead while this layer computes: (later layer or -1, its likely experts, or its gate
-        for the native half to ask)."""
+    def _guess(self, layer_idx: int, hidden: torch.Tensor) -> list[tuple]:
+        """What to read ahead while this layer computes: (later layer, its likely experts, None), or its
+        gate for the native half to ask: (later layer, None, gate)."""
         last = layer_idx + 1 == len(self.specs)
         if last or self.plan.resident or not self.gauge.useful:
-            return -1, None, None
+            return []
         if len(hidden) <= NATIVE_GATE_TOKENS and not self.kept.watches:
-            gate = self.predictor.linear_gate(layer_idx)
-            if gate is not None:
-                return layer_idx + 1, None, gate
-        return *self._predict(layer_idx, hidden), None
+            gates = self.predictor.linear_gates(layer_idx)
+            if gates:
+                return [(later, None, gate) for later, gate in gates]
+        return self._predict(layer_idx, hidden)
 
-    def _predict(self, layer_idx: int, hidden: torch.Tensor) -> tuple[int, np.ndarray | None]:
-        """The next layer's likely experts, or (-1, None)."""
+    def _predict(self, layer_idx: int, hidden: torch.Tensor) -> list[tuple]:
+        guesses = []
         for later, experts in self.predictor.predict(layer_idx, hidden):
             if self.kept.watches:
                 self.kept.predicted(layer_idx, later, experts)
-            return later, np.asarray(experts, np.int64)
-        return -1, None
+            guesses.append((later, np.asarray(experts, np.int64), None))
+        return guesses
 
     @property
     def _follows(self) -> bool:

@@ -5,9 +5,18 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <vector>
+
+#include "../runtime/moe_op.h"
+
 namespace comoe {
 
 namespace py = pybind11;
+
+// A type of its own, so that Python passes it on without looking into it.
+struct AheadList {
+  std::vector<Ahead> layers;
+};
 
 void bind_codec(py::module_& m);
 void bind_rounding(py::module_& m);

@@ -96,16 +96,25 @@ static const uint8_t* low_levels(const MoeOp& op, int layer_idx,
 }
 
 static std::unique_ptr<Session> open_session(MoeOp& op, int layer_idx,
-                                             const Table<int32_t>& experts,
-                                             const Table<int32_t>& ahead,
+                                             const Table<int32_t>& experts, const AheadList& ahead,
                                              const std::optional<Table<uint8_t>>& low) {
-  const std::vector<int32_t> chosen = ids_of(experts), ids = ids_of(ahead);
+  const std::vector<int32_t> chosen = ids_of(experts);
   const uint8_t* levels = low_levels(op, layer_idx, low);
   py::gil_scoped_release release;
-  return op.session(layer_idx, chosen, ids, levels);
+  return op.session(layer_idx, chosen, ahead.layers, levels);
 }
 
 void bind_moe(py::module_& m) {
+  py::class_<AheadList>(m, "AheadList", "What to read ahead, as MoePolicy.read_ahead says.")
+      .def(py::init<>())
+      .def(
+          "experts",
+          [](const AheadList& ahead) {
+            std::vector<std::tuple<int, int, std::vector<int32_t>>> out;
+            for (const Ahead& a : ahead.layers) out.emplace_back(a.layer, a.distance, a.experts);
+            return out;
+          },
+          "[(layer, distance, experts)], nearest layer first.");
   py::class_<MoeOp>(m, "MoeOp",
                     "Computes MoE layers from the engine's pages, loading what is missing.")
       .def(py::init<Engine&, std::vector<uint32_t>>(), py::arg("engine"), py::arg("level_masks"),

@@ -62,6 +62,26 @@ LeastCost make_rule(const Table<double>& loss, const Table<double>& bytes,
                    values_of(steps), price, bandwidth, latency);
 }
 
+// (later layer, its likely experts or None, its gate (weight, bias or 0, dtype, k) or None)
+using PyGate = std::tuple<uintptr_t, uintptr_t, int, int64_t>;
+using PyGuess = std::tuple<int, std::optional<Table<int64_t>>, std::optional<PyGate>>;
+
+std::vector<Guess> guesses_of(const std::vector<PyGuess>& guesses) {
+  std::vector<Guess> out;
+  for (const auto& [later, experts, gate] : guesses) {
+    Guess guess;
+    guess.later = later;
+    if (experts) guess.experts.assign(experts->data(), experts->data() + experts->size());
+    if (gate) {
+      const auto [weight, bias, dtype, k] = *gate;
+      guess.gate = {reinterpret_cast<const void*>(weight), reinterpret_cast<const void*>(bias),
+                    dtype_of(dtype), k};
+    }
+    out.push_back(std::move(guess));
+  }
+  return out;
+}
+
 // For tests against the references.
 Table<int64_t> decide_levels(const LeastCost& rule, const Table<int64_t>& experts,
                              const Table<double>& weights, const Table<int64_t>& resident,
@@ -98,9 +118,7 @@ Table<float> logits_of(uintptr_t weight, uintptr_t bias, int dtype, int64_t E, i
 void step(MoePolicy& policy, const MoeOp& op, int layer_idx, uintptr_t x, int x_dtype,
           int64_t x_stride, uintptr_t expert_idx, uintptr_t weights, int64_t T, int64_t K,
           uintptr_t out, bool round_products, int64_t part,
-          const std::optional<Table<uint8_t>>& low, int later,
-          const std::optional<Table<int64_t>>& experts,
-          const std::optional<std::tuple<uintptr_t, uintptr_t, int, int64_t>>& gate) {
+          const std::optional<Table<uint8_t>>& low, const std::vector<PyGuess>& guesses) {
   MoeInput input = routing(expert_idx, weights, T, K);
   input.x = reinterpret_cast<const void*>(x);
   input.x_dtype = dtype_of(x_dtype);
@@ -109,17 +127,10 @@ void step(MoePolicy& policy, const MoeOp& op, int layer_idx, uintptr_t x, int x_
   if (part < 1) throw std::invalid_argument("MoePolicy.step: part: expected at least one token");
   if (low && low->size() != op.layer(layer_idx).num_experts())
     throw std::invalid_argument("MoePolicy.step: low: expected one level per expert");
-  Guess guess;
-  guess.later = later;
-  if (experts) guess.experts.assign(experts->data(), experts->data() + experts->size());
-  if (gate) {
-    const auto [weight, bias, dtype, k] = *gate;
-    guess.gate = {reinterpret_cast<const void*>(weight), reinterpret_cast<const void*>(bias),
-                  dtype_of(dtype), k};
-  }
+  std::vector<Guess> known = guesses_of(guesses);
   const uint8_t* levels = low ? low->data() : nullptr;
   py::gil_scoped_release release;
-  policy.step(layer_idx, input, reinterpret_cast<void*>(out), part, levels, std::move(guess));
+  policy.step(layer_idx, input, reinterpret_cast<void*>(out), part, levels, std::move(known));
 }
 
 py::object decide(MoePolicy& policy, int layer_idx, uintptr_t expert_idx, uintptr_t weights,
@@ -134,12 +145,12 @@ py::object decide(MoePolicy& policy, int layer_idx, uintptr_t expert_idx, uintpt
   return py::make_tuple(array_of(decided->index).reshape({T, K}), array_of(decided->low));
 }
 
-Table<int32_t> read_ahead(MoePolicy& policy, int layer_idx, int later,
-                          const Table<int64_t>& experts) {
-  Guess guess;
-  guess.later = later;
-  guess.experts.assign(experts.data(), experts.data() + experts.size());
-  return array_of(policy.read_ahead(layer_idx, guess, MoeInput{}));
+AheadList read_ahead(MoePolicy& policy, int layer_idx, const std::vector<PyGuess>& guesses) {
+  std::vector<Guess> known = guesses_of(guesses);
+  for (const Guess& guess : known)
+    if (guess.gate.weight)
+      throw std::invalid_argument("MoePolicy.read_ahead: expected experts, got a gate");
+  return {policy.read_ahead(layer_idx, known, MoeInput{})};
 }
 
 py::dict counters(const MoePolicy& policy) {
@@ -230,11 +241,12 @@ void bind_policy(py::module_& m) {
       .def("step", &step, py::arg("op"), py::arg("layer_idx"), py::arg("x"), py::arg("x_dtype"),
            py::arg("x_stride"), py::arg("expert_idx"), py::arg("weights"), py::arg("T"),
            py::arg("K"), py::arg("out"), py::arg("round_products"), py::arg("part"), py::arg("low"),
-           py::arg("later"), py::arg("experts"), py::arg("gate"),
-           "Computes a layer. low: uint8 [E] or None: as the rule decides.  later: the layer to "
-           "read "
-           "ahead for, -1: none; its likely experts int64, or its gate (weight, bias or 0, dtype, "
-           "k).")
+           py::arg("guesses"),
+           "Computes a layer. low: uint8 [E] or None: as the rule decides.  guesses: of later "
+           "layers, "
+           "nearest first: (layer, likely experts int64 or None, else gate (weight, bias or 0, "
+           "dtype, "
+           "k)).")
       .def(
           "note_routing",
           [](MoePolicy& policy, int layer_idx, uintptr_t expert_idx, uintptr_t weights, int64_t T,
@@ -246,8 +258,8 @@ void bind_policy(py::module_& m) {
           py::arg("T"), py::arg("K"),
           "(index int64 [T, K], low uint8 [E]): what is left out has index E, compute may start at "
           "`low`; None: as planned.")
-      .def("read_ahead", &read_ahead, py::arg("layer_idx"), py::arg("later"), py::arg("experts"),
-           "Ids int32 of what a later layer's likely experts need, the most likely first.")
+      .def("read_ahead", &read_ahead, py::arg("layer_idx"), py::arg("guesses"),
+           "What to read ahead for guesses of experts as in `step`.")
       .def(
           "ran",
           [](MoePolicy& policy, int layer_idx, const Table<uint8_t>& used) {

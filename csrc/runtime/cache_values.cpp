@@ -60,6 +60,17 @@ void CacheValues::predicted(int layer, int ahead, const std::vector<int32_t>& ex
   tell(layer);
 }
 
+std::vector<int32_t> CacheValues::likely(int layer, int ahead, const std::vector<int32_t>& experts,
+                                         double least) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  const std::vector<double>& chances =
+      chances_.of(layer, ahead, static_cast<int64_t>(experts.size()));
+  std::vector<int32_t> likely;
+  for (size_t i = 0; i < experts.size(); ++i)
+    if (chances[i] >= least) likely.push_back(experts[i]);
+  return likely;
+}
+
 void CacheValues::judge(int layer, int ahead, const std::vector<int32_t>& guess,
                         const std::vector<uint8_t>& used) {
   std::lock_guard<std::mutex> lock(mutex_);

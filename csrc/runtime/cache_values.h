@@ -40,6 +40,9 @@ class CacheValues {
   void note(int layer, const std::vector<uint8_t>& used);
   // The layer runs `ahead` layers from now and will likely use `experts`, the most likely first.
   void predicted(int layer, int ahead, const std::vector<int32_t>& experts);
+  // Of these, those that will be used with a chance of at least `least`.
+  std::vector<int32_t> likely(int layer, int ahead, const std::vector<int32_t>& experts,
+                              double least);
   // What was predicted of a layer, and what it used.
   void judge(int layer, int ahead, const std::vector<int32_t>& guess,
              const std::vector<uint8_t>& used);

@@ -157,8 +157,9 @@ MoeOp::Levels MoeOp::levels(int layer_idx) const {
   return {layer.min_level, layer.want_level};
 }
 
-void MoeOp::append_records(int layer_idx, const std::vector<int32_t>& experts,
-                           std::vector<int32_t>& ids) const {
+std::vector<int32_t> MoeOp::planned_records(int layer_idx,
+                                            const std::vector<int32_t>& experts) const {
+  std::vector<int32_t> ids;
   std::lock_guard<std::mutex> lock(levels_);
   const MoeLayer& layer = layers_.at(layer_idx);
   for (int32_t e : experts) {
@@ -168,10 +169,11 @@ void MoeOp::append_records(int layer_idx, const std::vector<int32_t>& experts,
       if (id >= 0 && mask >> r & 1) ids.push_back(id);
     }
   }
+  return ids;
 }
 
 std::unique_ptr<Session> MoeOp::session(int layer_idx, const std::vector<int32_t>& experts,
-                                        const std::vector<int32_t>& ahead, const uint8_t* low) {
+                                        const std::vector<Ahead>& ahead, const uint8_t* low) {
   const MoeLayer& layer = layers_.at(layer_idx);
   std::vector<Need> needs;
   needs.reserve(experts.size());
@@ -186,9 +188,12 @@ std::unique_ptr<Session> MoeOp::session(int layer_idx, const std::vector<int32_t
   std::unique_ptr<Session> session =
       engine_.open_session(needs.data(), static_cast<int64_t>(needs.size()));
   cancel_wrong_guesses(layer_idx, experts);
-  if (!ahead.empty()) {
-    engine_.request(ahead.data(), static_cast<int64_t>(ahead.size()), Priority::prefetch, 1);
-    asked_ahead_.insert(asked_ahead_.end(), ahead.begin(), ahead.end());
+  for (const Ahead& later : ahead) {
+    cancel_wrong_guesses(later.layer, later.experts);
+    const std::vector<int32_t> ids = planned_records(later.layer, later.experts);
+    engine_.request(ids.data(), static_cast<int64_t>(ids.size()), Priority::prefetch,
+                    later.distance);
+    asked_ahead_.insert(asked_ahead_.end(), ids.begin(), ids.end());
   }
   return session;
 }
@@ -216,7 +221,7 @@ void MoeOp::cancel_wrong_guesses(int layer_idx, const std::vector<int32_t>& expe
 }
 
 void MoeOp::forward(int layer_idx, const MoeInput& in, void* out, uint8_t* used,
-                    const std::vector<int32_t>& ahead, const uint8_t* low) {
+                    const std::vector<Ahead>& ahead, const uint8_t* low) {
   const MoeLayer& layer = layers_.at(layer_idx);
   const int64_t num_experts = layer.num_experts();
   const int64_t H = layer.spec.geometry.hidden;

@@ -36,6 +36,13 @@ struct MoeInput {
   bool round_products = false;  // the router's weights are of x_dtype, 16 bits: see combine_pairs
 };
 
+// Experts of a later layer to read ahead, the most wanted first. It runs `distance` layers from
+// now.
+struct Ahead {
+  int layer, distance;
+  std::vector<int32_t> experts;
+};
+
 class MoeOp {
  public:
   // level_masks: as given to the engine.
@@ -58,19 +65,16 @@ class MoeOp {
   // out[t, :] = sum_k weights[t, k] * expert(expert_idx[t, k])(x[t, :]).  out: [T, H] of x_dtype.
   // Hits are computed while misses load; what does not fit at once is computed in waves.
   // `used` (may be null): [E], set to the level used + 1 for each expert that was computed.
-  // `ahead`: records to prefetch, asked for once the layer's own demand is queued.
-  // `low` (may be null): [E], instead of the planned min_level in this call.
+  // `ahead`: what to prefetch, nearest layer first, asked for once the layer's own demand is
+  // queued. Of these layers what was asked before and is not among it is cancelled. `low` (may be
+  // null): [E], instead of the planned min_level in this call.
   void forward(int layer_idx, const MoeInput& input, void* out, uint8_t* used,
-               const std::vector<int32_t>& ahead, const uint8_t* low = nullptr);
+               const std::vector<Ahead>& ahead, const uint8_t* low = nullptr);
 
   // A session over `experts` of a layer at their planned levels, for callers that compute
   // themselves. What was asked ahead for this layer and is not among them is cancelled.
   std::unique_ptr<Session> session(int layer_idx, const std::vector<int32_t>& experts,
-                                   const std::vector<int32_t>& ahead, const uint8_t* low = nullptr);
-
-  // Adds the ids of what experts of a layer need at their planned least levels.
-  void append_records(int layer_idx, const std::vector<int32_t>& experts,
-                      std::vector<int32_t>& ids) const;
+                                   const std::vector<Ahead>& ahead, const uint8_t* low = nullptr);
 
   // The view of one resident, pinned expert at `level`.
   ExpertView view(int layer_idx, int64_t expert, int level) const;
@@ -83,6 +87,8 @@ class MoeOp {
     std::pair<int32_t, int32_t> ids{0, 0};               // the layer's records: [first, end)
   };
 
+  // Ids of what experts of a layer need at their planned least levels.
+  std::vector<int32_t> planned_records(int layer_idx, const std::vector<int32_t>& experts) const;
   void cancel_wrong_guesses(int layer_idx, const std::vector<int32_t>& experts);
 
   Engine& engine_;

@@ -8,6 +8,10 @@
 namespace comoe {
 namespace {
 
+// Chance from which on something is read two layers ahead: with 0.5 the disk, kept busy, read 4 %
+// less in vain than with 0, and stood still less than with 0.65.
+constexpr double kLikely = 0.5;
+
 std::vector<int64_t> experts_before(const MoeOp& op) {
   std::vector<int64_t> first{0};
   for (int l = 0; l < op.num_layers(); ++l)
@@ -136,49 +140,60 @@ void MoePolicy::choose(int later, const MoeInput& in, Guess& guess) const {
                    [&](int32_t a, int32_t b) { return votes[a] > votes[b]; });
 }
 
-std::vector<int32_t> MoePolicy::read_ahead(int layer_idx, Guess& guess, const MoeInput& in) {
-  std::vector<int32_t> ids;
-  if (guess.later <= layer_idx || guess.later >= op_.num_layers()) return ids;
-  if (guess.experts.empty() && guess.gate.weight) choose(guess.later, in, guess);
-  for (int32_t e : guess.experts)
-    if (e < 0 || e >= count(guess.later))
+std::vector<Ahead> MoePolicy::read_ahead(int layer_idx, std::vector<Guess>& guesses,
+                                         const MoeInput& in) {
+  std::vector<Ahead> ahead;
+  for (Guess& guess : guesses) {
+    if (guess.later <= layer_idx || guess.later >= op_.num_layers())
       throw std::invalid_argument("MoePolicy.read_ahead: layer " + std::to_string(guess.later) +
-                                  " has no expert " + std::to_string(e));
-  if (guess.experts.empty()) return ids;
-  predicted_[guess.later] = {layer_idx, guess.experts};
-  if (cache_) cache_->predicted(guess.later, guess.later - layer_idx, guess.experts);
-  op_.append_records(guess.later, guess.experts, ids);
-  return ids;
+                                  " does not come after layer " + std::to_string(layer_idx));
+    if (guess.experts.empty() && guess.gate.weight) choose(guess.later, in, guess);
+    for (int32_t e : guess.experts)
+      if (e < 0 || e >= count(guess.later))
+        throw std::invalid_argument("MoePolicy.read_ahead: layer " + std::to_string(guess.later) +
+                                    " has no expert " + std::to_string(e));
+    if (guess.experts.empty()) continue;
+    predicted_[guess.later].push_back({layer_idx, guess.experts});
+    if (cache_) cache_->predicted(guess.later, guess.later - layer_idx, guess.experts);
+    const int distance = guess.later - layer_idx;
+    // A layer that runs later is asked for again, nearer and better.
+    if (cache_ && distance > 1)
+      guess.experts = cache_->likely(guess.later, distance, guess.experts, kLikely);
+    ahead.push_back({guess.later, distance, std::move(guess.experts)});
+  }
+  return ahead;
 }
 
 void MoePolicy::ran(int layer, const std::vector<uint8_t>& used) {
+  std::vector<Predicted> predicted;
+  predicted.swap(predicted_.at(layer));
   bool reads;
   {
     std::lock_guard<std::mutex> lock(mutex_);
     reads = reads_;
     uint8_t* most = &used_[first_[layer]];
     const int levels = op_.num_levels();
-    Predicted& predicted = predicted_[layer];
     for (size_t e = 0; e < used.size(); ++e) {
       if (!used[e]) continue;
       most[e] = std::max(most[e], used[e]);
       ++counters_.uses;
       if (!bits_[layer].empty()) counters_.bits += bits_[layer][e * levels + used[e] - 1];
-      if (predicted.since >= 0) ++counters_.used;
+      if (!predicted.empty()) ++counters_.used;
     }
-    for (int32_t e : predicted.experts)
-      if (predicted.since >= 0 && used[e]) ++counters_.guessed_used;
-    if (predicted.since >= 0) counters_.guessed += static_cast<int64_t>(predicted.experts.size());
+    if (!predicted.empty()) {
+      counters_.guessed += static_cast<int64_t>(predicted.back().experts.size());
+      for (int32_t e : predicted.back().experts)
+        if (used[e]) ++counters_.guessed_used;
+    }
   }
-  Predicted& predicted = predicted_[layer];
-  if (cache_ && predicted.since >= 0)
-    cache_->judge(layer, layer - predicted.since, predicted.experts, used);
-  predicted.since = -1;
-  if (cache_ && reads) cache_->note(layer, used);
+  if (!cache_) return;
+  for (const Predicted& guess : predicted)
+    cache_->judge(layer, layer - guess.since, guess.experts, used);
+  if (reads) cache_->note(layer, used);
 }
 
 void MoePolicy::step(int layer, const MoeInput& in, void* out, int64_t part, const uint8_t* low,
-                     Guess guess) {
+                     std::vector<Guess> guesses) {
   note_routing(layer, in);
   const int64_t* index = in.expert_idx;
   std::unique_ptr<Decided> decided;
@@ -187,7 +202,7 @@ void MoePolicy::step(int layer, const MoeInput& in, void* out, int64_t part, con
     index = decided->index.data();
     low = decided->low.data();
   }
-  std::vector<int32_t> ahead = read_ahead(layer, guess, in);
+  std::vector<Ahead> ahead = read_ahead(layer, guesses, in);
   std::vector<uint8_t> used(count(layer), 0);
   const int64_t H = op_.layer(layer).spec.geometry.hidden;
   for (int64_t t = 0; t < in.T; t += part) {

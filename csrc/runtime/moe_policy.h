@@ -27,7 +27,7 @@ struct LinearGate {
 
 // What a later layer will likely use: experts if they are known already, else the gate's choice.
 struct Guess {
-  int later = -1;  // the layer; -1: nothing is read ahead
+  int later = -1;  // the layer
   std::vector<int32_t> experts;
   LinearGate gate;
 };
@@ -61,13 +61,13 @@ class MoePolicy {
   // One layer: decides, reads ahead, computes at most `part` tokens at once, and takes note.
   // low: [E] instead of the rule's decision, or null.
   void step(int layer, const MoeInput& input, void* out, int64_t part, const uint8_t* low,
-            Guess guess);
+            std::vector<Guess> guesses);
 
   // The pieces of it, for callers that compute themselves.
   void note_routing(int layer, const MoeInput& input);
   std::unique_ptr<Decided> decide(int layer, const MoeInput& input);  // null: nothing to change
-  // Records to read ahead for what `layer` guesses.
-  std::vector<int32_t> read_ahead(int layer, Guess& guess, const MoeInput& input);
+  // What `layer` guesses, nearest layer first: takes note, and says what to read ahead.
+  std::vector<Ahead> read_ahead(int layer, std::vector<Guess>& guesses, const MoeInput& input);
   void ran(int layer, const std::vector<uint8_t>& used);  // [E], level used + 1
 
   // Of all layers, the finest level + 1 since it was last cleared, one after the other [X].
@@ -77,7 +77,7 @@ class MoePolicy {
 
  private:
   struct Predicted {
-    int since = -1;  // the layer that guessed; -1: nobody
+    int since;  // the layer that guessed
     std::vector<int32_t> experts;
   };
   void choose(int later, const MoeInput& input, Guess& guess) const;
@@ -95,7 +95,7 @@ class MoePolicy {
   PolicyCounters counters_;
   std::vector<std::vector<double>> bits_;  // [layers][E, levels]
   std::vector<uint8_t> used_;
-  std::vector<Predicted> predicted_;
+  std::vector<std::vector<Predicted>> predicted_;  // of each layer, the nearest guess last
 };
 
 }  // namespace comoe
