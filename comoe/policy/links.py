@@ -28,12 +28,16 @@ LEAST_SAMPLE = 16 << 10  # fewer bytes tell nothing of bandwidth: they came in o
 BACK_OFF = 0.05  # seconds after the first failure
 MOST_BACK_OFF = 30.0
 LASTING_BACK_OFF = 60.0  # of what is not mended soon: gone, refused, another version
+DOWN_FAILURES = 3  # in a row, after which a source counts as out of reach
 PERCENTILE = 0.95
 FEW = 16  # transfers; with fewer the percentile is not known
 FIRST_RATIO = 3.0  # of the seconds expected, until then
 MOST_RATIO = 20.0
 LEAST_HEDGE = 0.02  # seconds: less is noise of the machine
 HEDGED_SHARE = 0.15  # of all bytes that may be asked for a second time
+FIRST_SILENCE, LEAST_SILENCE = 3.0, 0.25  # seconds; the first of a source that never answered
+SILENT_WAITS = 4.0  # times to the first byte
+STALLED_SECONDS = 0.1  # until it is worth asking whether a stalled source has recovered
 PROBE_SHARE = 0.02  # of choices that go to a source that was not asked for long
 
 
@@ -48,9 +52,14 @@ class _State:
         self.failures = 0  # in a row
         self.all_failures = 0
         self.not_before = 0.0
+        self.lasting = False  # the last failure is one that trying again does not mend
+        self.stalled = False
         self.last_used = -math.inf
         self.total_bytes = 0
         self.transfers = 0
+
+    def may_be_asked(self, now: float) -> bool:
+        return self.not_before <= now and not self.stalled
 
     def seconds(self, nbytes: float) -> float:
         wait, bandwidth = self.wait.estimate, self.bandwidth.estimate
@@ -118,8 +127,7 @@ class Links:
                 state.bodies = max(state.bodies - 1, 0)
             if ratio is not None:
                 state.ratios.append(min(max(ratio, 0.0), MOST_RATIO))
-                state.failures = 0
-                state.not_before = 0.0
+                state.failures, state.not_before, state.stalled = 0, 0.0, False
                 state.transfers += 1
 
     def failed(self, name: str, *, lasting: bool = False, retry_after: float = 0.0) -> float:
@@ -128,11 +136,40 @@ class Links:
             state = self._states[name]
             state.failures += 1
             state.all_failures += 1
+            state.lasting = lasting
             base = LASTING_BACK_OFF if lasting else BACK_OFF * 2.0 ** min(state.failures - 1, 16)
             rest = min(base, LASTING_BACK_OFF if lasting else MOST_BACK_OFF)
             rest = max(rest * self._rng.uniform(0.5, 1.5), retry_after)
             state.not_before = self._clock() + rest
             return rest
+
+    def stalled(self, name: str) -> None:
+        """Nothing comes from it, though much is under way: it is not asked until it has recovered."""
+        with self._lock:
+            self._states[name].stalled = True
+
+    def recovered(self, name: str) -> None:
+        """It answers again."""
+        with self._lock:
+            state = self._states[name]
+            state.stalled, state.failures, state.not_before = False, 0, 0.0
+
+    def silence(self, name: str) -> float:
+        """Seconds without any byte after which a source that was asked is stalled."""
+        with self._lock:
+            wait = self._states[name].wait.estimate
+            if not wait.samples:
+                return FIRST_SILENCE
+            return max(LEAST_SILENCE, SILENT_WAITS * (wait.mean + wait.std))
+
+    def to_probe(self) -> list[str]:
+        """Sources that are left alone, for reasons that may pass."""
+        with self._lock:
+            return [
+                name
+                for name, s in self._states.items()
+                if s.stalled or (s.failures > 0 and not s.lasting)
+            ]
 
     def _advance(self, state: _State) -> None:
         now = self._clock()
@@ -159,7 +196,7 @@ class Links:
             usable = [
                 name
                 for name, state in self._states.items()
-                if name not in left_out and state.not_before <= now
+                if name not in left_out and state.may_be_asked(now)
             ]
             usable.sort(key=lambda name: self._states[name].seconds(nbytes))
             if len(usable) > 1 and self._rng.random() < PROBE_SHARE:
@@ -185,7 +222,7 @@ class Links:
         """Seconds until `nbytes` should be here from the best source; inf while none may be asked."""
         with self._lock:
             now = self._clock()
-            usable = [s.seconds(nbytes) for s in self._states.values() if s.not_before <= now]
+            usable = [s.seconds(nbytes) for s in self._states.values() if s.may_be_asked(now)]
             return min(usable, default=math.inf)
 
     def hedge_after(self, name: str, nbytes: int, expected: float) -> float:
@@ -204,7 +241,7 @@ class Links:
         asked."""
         with self._lock:
             now = self._clock()
-            usable = [n for n, s in self._states.items() if s.not_before <= now and not s.failures]
+            usable = [n for n, s in self._states.items() if s.may_be_asked(now)]
             if not usable:
                 return None
             name = min(usable, key=lambda n: self._states[n].seconds(SAMPLE_BYTES))
@@ -214,13 +251,15 @@ class Links:
         """The way to the sources is another one now: those that failed may be asked at once."""
         with self._lock:
             for state in self._states.values():
-                state.not_before = 0.0
-                state.failures = 0
+                state.stalled, state.failures, state.not_before = False, 0, 0.0
 
     def is_up(self) -> bool:
-        """Whether some source is not known to fail."""
+        """Whether some source neither fails again and again nor has fallen silent."""
         with self._lock:
-            return any(state.failures == 0 for state in self._states.values())
+            return any(
+                s.failures < DOWN_FAILURES and not s.stalled and not (s.failures and s.lasting)
+                for s in self._states.values()
+            )
 
     def link(self, name: str) -> Link:
         """Bandwidth and latency as the monitor has them; with 0 samples they are assumptions."""

@@ -80,21 +80,28 @@ class MissHandler:
         return index, levels, experts[sent]
 
     def without_waiting(
-        self, layer_idx: int, index: np.ndarray, only: np.ndarray | None, want: np.ndarray
+        self, layer_idx: int, index: np.ndarray, only: np.ndarray, want: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         """(index, levels) with what is here and nothing else: an expert of which no level is complete is left
-        out. only: int64 [n] experts to compute, None: all."""
+        out. only: int64 [n] experts to compute."""
         num_experts = len(want)
         resident = self._resident(self._first[layer_idx] + np.arange(num_experts), want)
         computed = resident >= 0
-        if only is not None:
-            computed &= np.isin(np.arange(num_experts), only)
+        computed &= np.isin(np.arange(num_experts), only)
         inside = (index >= 0) & (index < num_experts)
         left_out = ~computed[np.where(inside, index, 0)] & inside
-        asked = np.unique(index[left_out]) if only is None else np.intersect1d(only, index)
+        asked = np.intersect1d(only, index)
         self.skipped += int((resident[asked] < 0).sum())
         levels = np.maximum(resident, 0).astype(np.uint8)
         return np.where(left_out, num_experts, index), levels
+
+    def row_of(self, layer_idx: int, experts: np.ndarray) -> np.ndarray:
+        """Rows of the sizes for experts of a layer."""
+        return self._first[layer_idx] + experts
+
+    def finest_here(self, layer_idx: int, experts: np.ndarray, want: np.ndarray) -> np.ndarray:
+        """int64 [n]: of each expert the finest level at most `want` that is complete here, -1: none."""
+        return self._resident(self.row_of(layer_idx, experts), want)
 
     def _resident(self, rows: np.ndarray, want: np.ndarray) -> np.ndarray:
         """int64 [n]: the finest complete level at most `want`, -1: none."""

@@ -1,7 +1,8 @@
 """A running model and the network: what its link allows now, and what to do while it changes.
 
-Outside `exact` nothing waits longer than WAIT_SECONDS for the network. What is missing is then computed with what is
-here, elsewhere, or left out, whichever costs least (policy.misses.LeastCost), and it climbs when bytes come.
+Outside `exact` what is missing is waited for, computed with what is here, elsewhere, or left out, whichever costs least
+(policy.misses.LeastCost) with the link as it is; it climbs when bytes come. Remote (remote.py) ends waits that take longer
+than expected.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ from comoe.runtime.elsewhere import ExpertsElsewhere
 from comoe.runtime.live import Live
 
 RESIDENT = 2
-WAIT_SECONDS = 0.1  # that a layer may wait
 DEADLINE = 0.05  # seconds: what should come later than that is not waited for
 WAIT_PRICE = 1.0  # nats per second, where the plan waits for nothing once all has come
 NO_LINK = Link(Estimate(1e3), Estimate(1.0))  # while no source may be asked
@@ -47,9 +47,6 @@ class Network:
         self._looked = -np.inf
         self._interface = ""
         self._rest, self._no_wait_until = LATE_REST, -np.inf
-        self._down = False
-        if links is not None:
-            engine.set_wait_limit(WAIT_SECONDS)
 
     def link(self) -> Link:
         """The way that bytes come now."""
@@ -69,11 +66,11 @@ class Network:
         if reason is None and self.watch.losing and not losing:
             reason = "the link is fading"
         if reason is not None:
-            self._path_changed(reason, link is not None)
+            self._path_changed(reason)
         self._refresh()
         return reason
 
-    def _path_changed(self, reason: str, up: bool) -> None:
+    def _path_changed(self, reason: str) -> None:
         log.info("network: %s", reason)
         if reason.startswith("interface"):
             if self._links is not None:
@@ -82,14 +79,6 @@ class Network:
                 self.away.policy.path_changed()
         if reason.startswith(("interface", "link back")):
             self._rest, self._no_wait_until = LATE_REST, -np.inf
-        if self._links is not None and self._down == up:
-            self._down = not up
-            if up:
-                log.warning("comoe: the network is back; quality climbs as increments come")
-            else:
-                log.warning(
-                    "comoe: no network source answers; going on with the rungs that are here"
-                )
 
     def wait_for(self, records: np.ndarray, pool_bytes: int) -> None:
         """Before the first pass: until the records where bool [ids] is true are here, the coarsest of every expert,
@@ -144,7 +133,7 @@ class Network:
 
     def stats(self) -> dict:
         changes = [{"time": when, "what": what} for when, what in self.watch.log]
-        found = {"changes": changes[-32:], "up": not self._down}
+        found = {"changes": changes[-32:]}
         if self.away is not None:
             found["elsewhere"] = self.away.stats()
         return found

@@ -1,22 +1,56 @@
-"""A runtime's experts that lie elsewhere: what comes over the network, and what its local cache keeps."""
+"""A runtime's experts that lie elsewhere, and what to do while they do not come.
+
+Where a rung of an expert is here, finer ones that are far away are not waited for: compute uses what is here,
+and they come in the background. Only under a quality goal, whose rule finds that waiting pays, are they
+waited for, up to WAIT_SECONDS per step and if they are expected within that. An expert of which no rung is
+here is waited for, at its coarsest, as long as some source answers; else it is left out of the sum. `exact`
+waits for everything, for at most the sources' patience.
+"""
 
 from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 
 from comoe import _C
+from comoe.policy.plan import Sizes
 from comoe.runtime.engine import RecordTable
+from comoe.runtime.missing import MissHandler
 from comoe.tiers.fetcher import MOST_BYTES, THREADS, Fetcher
 from comoe.tiers.remote_store import RemoteStore
 
 FETCH_BYTES = THREADS * MOST_BYTES  # that transfers come into, of the budget
+WAIT_SECONDS = 0.1  # per step, for rungs where coarser ones are here
+TICK_SECONDS = 0.01
+PREFETCH = 1
+LATE = "it did not come in time"
+
+logger = logging.getLogger("comoe")
 
 
 class Remote:
     """Of one runtime; closes the store that it was given."""
 
-    def __init__(self, engine: _C.Engine, remote: RemoteStore, table: RecordTable):
-        self._store = remote
+    def __init__(
+        self,
+        engine: _C.Engine,
+        remote: RemoteStore,
+        table: RecordTable,
+        sizes: Sizes,
+        missing: MissHandler,
+        least: np.ndarray,
+        exact: bool,
+    ):
+        """least: int [X], the level below which no expert may be computed."""
+        self._engine, self._store, self._sizes, self._missing = engine, remote, sizes, missing
+        self._links, self._least, self._exact = remote.sources.links, least, exact
+        self._nbytes, self._layers = table.nbytes, len(table.ids)
+        self._needs = sizes.levels.needs(sizes.records.shape[1])
         extents = remote.cache.extents
         extent_of = [
             extents.of(layer_idx, layer.records["offset"].reshape(-1)[owners].astype(np.int64))
@@ -27,15 +61,131 @@ class Remote:
         self._fetcher = Fetcher(
             engine, remote, list(range(len(extent_of))), np.concatenate(extent_of)
         )
+        self.coarser = self.left_out = self.expired = 0  # experts; records
+        self._was_up = True
+        self._waiting = threading.Event()
+        self._call: tuple[float, np.ndarray] | None = None  # until when; records then given up
+        self._left = 0.0  # seconds that this step may still wait for what it could do without
+        self._closed = False
+        self._watch = threading.Thread(target=self._expire, name="comoe-deadline", daemon=True)
+        if not exact:
+            self._watch.start()
+
+    # ---- one layer ------------------------------------------------------------------------------
+
+    def face(
+        self, layer_idx: int, index: np.ndarray, low: np.ndarray, want: np.ndarray, *, rule: bool
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+        """(index, levels, dispensable): experts left out have index E; levels uint8 [E] are where compute may
+        start; int32 [n] records that are waited for though compute could do without. None: all is here.
+
+        index: int64 [T, K] of the layer.  low, want: uint8 [E] of the plan.  rule: what is missing was found
+        worth waiting for.
+        """
+        num_experts = len(low)
+        experts = np.unique(index)
+        experts = experts[(experts >= 0) & (experts < num_experts)]
+        resident = self._missing.finest_here(layer_idx, experts, want[experts])
+        short = resident < low[experts]
+        if not short.any():
+            return None
+        experts, resident = experts[short], resident[short]
+        least = np.minimum(self._least[self._missing.row_of(layer_idx, experts)], low[experts])
+        lacking = self._lacking(layer_idx, experts, low[experts])
+        far = np.array([self._fetcher.far(ids).any() for ids in lacking])
+        usable, up = resident >= least, self._links.is_up()
+        ids = np.unique(np.concatenate(lacking)).astype(np.int32)
+        ids = ids[self._fetcher.far(ids)]
+        nbytes = int(self._nbytes[ids].sum())
+        waits = rule and up and self._links.expected(nbytes) <= self._left
+        coarser = far & usable & (not waits)
+        without = far & ~usable & (not up)
+        levels = low.copy()
+        levels[experts[coarser]] = resident[coarser]
+        levels[experts[far & ~usable]] = least[far & ~usable]
+        if without.any():
+            index = np.where(np.isin(index, experts[without]), num_experts, index)
+        self.coarser += int(coarser.sum())
+        self.left_out += int(without.sum())
+        if up and ids.size:
+            self._engine.request(ids, PREFETCH, self._layers)
+        optional = [row for row, one in zip(lacking, far & usable & waits, strict=True) if one]
+        return index, levels, np.concatenate([*optional, np.empty(0, np.int32)]).astype(np.int32)
+
+    def _lacking(self, layer_idx: int, experts: np.ndarray, levels: np.ndarray) -> list[np.ndarray]:
+        """Of each expert the records of its level that are not here."""
+        rows = self._missing.row_of(layer_idx, experts)
+        ids, states = self._sizes.records[rows], self._engine.resident()
+        wanted = self._needs[levels] & (ids >= 0)
+        wanted &= states[ids] != 2
+        return [row[chosen] for row, chosen in zip(ids, wanted, strict=True)]
+
+    @contextmanager
+    def waiting(self, dispensable: np.ndarray) -> Iterator[None]:
+        """While a layer may wait, at most for the rest of this step's WAIT_SECONDS for what it could do
+        without, and for nothing once no source answers."""
+        began = time.monotonic()
+        self._call = began + self._left, dispensable
+        self._waiting.set()
+        try:
+            yield
+        finally:
+            self._waiting.clear()
+            self._call = None
+            if dispensable.size:
+                self._left = max(self._left - (time.monotonic() - began), 0.0)
+
+    def _expire(self) -> None:
+        while not self._closed:
+            self._waiting.wait(1.0)
+            call = self._call
+            if call is None:
+                continue
+            until, dispensable = call
+            if not self._links.is_up():
+                self.expired += self._engine.remote_expire(None, LATE)
+            elif dispensable.size and time.monotonic() > until:
+                self.expired += self._engine.remote_expire(dispensable, LATE)
+            time.sleep(TICK_SECONDS)
+
+    def gave_up(self, error: Exception) -> bool:
+        """Whether the layer can go on without what it waited for."""
+        return not self._exact and "fetching record" in str(error) and not self._closed
+
+    # ---- steps ----------------------------------------------------------------------------------
+
+    def begin_step(self) -> bool:
+        """Whether sources answer again after they were out of reach: then what the plan lacks is to be asked for
+        again. Says so."""
+        self._left = WAIT_SECONDS
+        up = self._links.is_up()
+        before, self._was_up = self._was_up, up
+        if before and not up:
+            logger.warning(
+                "comoe: no source of the experts answers (%s); going on with what is here",
+                self.describe(),
+            )
+        if up and not before:
+            logger.warning("comoe: sources of the experts answer again")
+        return up and not before
 
     def describe(self) -> str:
         return self._store.describe()
 
     def stats(self) -> dict:
-        return self._fetcher.stats()
+        return self._fetcher.stats() | {
+            "up": self._links.is_up(),
+            "coarser": self.coarser,
+            "left_out": self.left_out,
+            "expired": self.expired,
+        }
 
     def close(self) -> None:
         """After the engine was closed."""
+        self._closed = True
+        self._waiting.set()
         self._store.sources.close()
         self._fetcher.close()
+        if self._watch.is_alive():
+            self._watch.join()
         self._store.close()

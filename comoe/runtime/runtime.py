@@ -60,6 +60,8 @@ FOLLOW_EVERY = 64  # steps between plans for what the text uses
 PLANNING_SHARE = 0.01  # of the time that planning for the text may take
 KEPT_FREE = 0.01  # share of the machine's memory that is left to others
 NATIVE_GATE_TOKENS = 8  # more are a product for torch
+GIVING_UP = 5  # times that a layer is computed anew because what it waited for did not come
+_NONE = np.empty(0, np.int64)
 CALM_STEPS = 8  # steps without pressure before the pool takes back what it lent
 
 
@@ -171,7 +173,6 @@ class Runtime:
             verify=config.verify or remote is not None,
             remote=remote is not None,
         )
-        self.remote = None if remote is None else Remote(self.engine, remote, table)
         self.network = None
         if network and not config.exact:
             links = None if remote is None else remote.sources.links
@@ -180,6 +181,9 @@ class Runtime:
         self._network_rule: MissRule | None = None
         self.records = Records(store, table)
         self.missing = MissHandler(self.engine, self.store_sizes)
+        self.remote = remote and Remote(
+            self.engine, remote, table, self.store_sizes, self.missing, least, config.exact
+        )
         self._op = _C.MoeOp(self.engine, list(store.levels.masks))
         for layer_idx, (spec, layer) in enumerate(zip(specs, store.layers, strict=True)):
             activation = spec.activation or "silu"
@@ -238,16 +242,13 @@ class Runtime:
             hidden = hidden.contiguous()
         index = top_k_index.to(torch.int64).contiguous()
         local, low, sent = self._face_misses(layer_idx, index, top_k_weights)
-        if self.network is None:
-            return self._compute(layer_idx, hidden, local, top_k_weights, low)
         call = None
         if sent.size:
             call = self.network.away.send(layer_idx, hidden, index, top_k_weights, sent)
-        try:
+        if self.remote is None or self.config.exact:
             out = self._compute(layer_idx, hidden, local, top_k_weights, low)
-        except OSError:
-            self.network.late()
-            out = self._compute_here(layer_idx, hidden, local, top_k_weights, None)
+        else:
+            out = self._compute_from_afar(layer_idx, hidden, local, top_k_weights, low)
         if call is not None:
             other = self.network.away.result(call, tokens)
             if other is None:
@@ -256,23 +257,47 @@ class Runtime:
                 out = (out.float() + other).to(out.dtype)
         return out
 
+    def _compute_from_afar(
+        self,
+        layer_idx: int,
+        hidden: torch.Tensor,
+        index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+        low: np.ndarray | None,
+    ) -> torch.Tensor:
+        """As `_compute`, without waiting for what cannot come in time."""
+        want = self._want_level[layer_idx]
+        rule = low is not None
+        low = self._low[layer_idx] if low is None else low
+        for left in reversed(range(GIVING_UP)):
+            faced = self.remote.face(layer_idx, index.numpy(), low, want, rule=rule)
+            if faced is None:
+                return self._compute(layer_idx, hidden, index, top_k_weights, low)
+            try:
+                with self.remote.waiting(faced[2]):
+                    chosen = torch.from_numpy(faced[0])
+                    return self._compute(layer_idx, hidden, chosen, top_k_weights, faced[1])
+            except OSError as error:
+                if not left or not self.remote.gave_up(error):
+                    raise
+                self.network.late()
+                rule = False
+
     def _compute_here(
         self,
         layer_idx: int,
         hidden: torch.Tensor,
         index: torch.Tensor,
         top_k_weights: torch.Tensor,
-        only: np.ndarray | None,
+        only: np.ndarray,
     ) -> torch.Tensor:
-        """With nothing but what is here; only: int64 [n], of these experts."""
+        """Of experts `only` int64 [n], with nothing but what is here."""
         want = self._want_level[layer_idx]
-        for last in (False, False, True):
-            found, low = self.missing.without_waiting(layer_idx, index.numpy(), only, want)
-            try:
-                return self._compute(layer_idx, hidden, torch.from_numpy(found), top_k_weights, low)
-            except OSError:  # something has just been evicted
-                if last:
-                    raise
+        found, low = self.missing.without_waiting(layer_idx, index.numpy(), only, want)
+        index = torch.from_numpy(found)
+        if self.remote is None:
+            return self._compute(layer_idx, hidden, index, top_k_weights, low)
+        return self._compute_from_afar(layer_idx, hidden, index, top_k_weights, low)
 
     def _compute(
         self,
@@ -338,12 +363,12 @@ class Runtime:
         if self._rule is not None:
             rule = None if self.plan.resident else self._rule
         if rule is None:
-            return index, None, _NOBODY
+            return index, None, _NONE
         low, want = self._min_level[layer_idx], self._want_level[layer_idx]
         gates = weights.detach().to(torch.float32).numpy()
         decided = self.missing.decide(rule, layer_idx, index.numpy(), gates, low, want)
         if decided is None:
-            return index, low, _NOBODY
+            return index, low, _NONE
         return torch.from_numpy(decided[0]), decided[1], decided[2]
 
     def _guess(self, layer_idx: int, hidden: torch.Tensor) -> list[tuple]:
@@ -405,6 +430,8 @@ class Runtime:
             if self._rising is not None and self._has(self._base):
                 self._rising = None
                 self._set_levels()
+            if self.remote is not None and self.remote.begin_step():
+                self._ask_for_plan()
             if not self.plan.resident:
                 self._reader_core.begin(step.batch * step.tokens, engine["wait_seconds"])
 
@@ -535,10 +562,10 @@ class Runtime:
             return None
         if not complete and self._follows:
             self.engine.cancel(UPGRADE)
-            self._request_missing()
+            self._ask_for_plan()
         return self.controller.path_changed(snapshot, reason)
 
-    def _request_missing(self) -> None:
+    def _ask_for_plan(self) -> None:
         """Asks for what the plan holds and what it aims at: from afar the most valuable increments first."""
         if self.network is None or not self._follows:
             aimed = self.store_sizes.chosen(self.plan.min_level)
@@ -627,7 +654,7 @@ class Runtime:
         self.engine.forget_largest_need()
         self.engine.set_budget(plan.pool_bytes)
         # Then, until the cache knows better, whatever fits of what the plan aims at.
-        self._request_missing()
+        self._ask_for_plan()
         self._set_rule()
 
     def _set_rule(self) -> None:
@@ -654,8 +681,9 @@ class Runtime:
     def _set_levels(self) -> None:
         rising = None if self._rising is None else self.store_sizes.of_layer(self._rising)
         rows = []
+        self._low = list(self._min_level if rising is None else rising)  # that compute may start at
         for layer_idx, low in enumerate(self._min_level):
-            least = low if rising is None else rising[layer_idx]
+            least = self._low[layer_idx]
             self._op.set_levels(layer_idx, least, self._want_level[layer_idx])
             most = int(np.bincount(self._kernel_levels[low]).argmax())
             rows.append(prefill_rows(most))
@@ -676,7 +704,7 @@ class Runtime:
             if self.network is None:
                 self.engine.request(self.records.in_order(missing), UPGRADE)
             else:
-                self._request_missing()
+                self._ask_for_plan()
         for layer_idx, experts, values in self.upgrades.choose():
             low, high = (level[layer_idx][experts] for level in (self._min_level, self._want_level))
             ids, which = self.records.above(layer_idx, experts, low, high)

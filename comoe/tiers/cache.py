@@ -118,6 +118,12 @@ class StoreCache:
     def is_here(self, which: int) -> bool:
         return bool(self._entries["here"][which])
 
+    def is_here_each(self, which: np.ndarray) -> np.ndarray:
+        return self._entries["here"][which] == 1
+
+    def crc_of(self, which: int) -> int:
+        return int(self.extents.crc[which])
+
     def forget(self, which: np.ndarray | int) -> None:
         """They turned out not to be here."""
         self._entries["here"][which] = 0

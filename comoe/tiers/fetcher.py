@@ -14,7 +14,7 @@ from comoe import _C
 from comoe.store.format import EXPERTS_FOLDER, padded
 from comoe.tiers.remote_store import RemoteStore
 from comoe.tiers.source import SourceError
-from comoe.tiers.sources import NoSourceError
+from comoe.tiers.sources import CLOSE_SECONDS, NoSourceError
 
 THREADS = 6
 OTHERS = 3  # takes of prefetches and upgrades at once
@@ -42,7 +42,6 @@ class Fetcher:
         self._layers, self._extent_of = layer_of_file, extent_of
         self._cache, self._sources = remote.cache, remote.sources
         self._patience = remote.sources.patience if patience is None else patience
-        self._closing = False
         self.requests = 0
         here = np.flatnonzero(self._cache.here()[extent_of]).astype(np.int32)
         engine.set_local(here, True)
@@ -55,9 +54,8 @@ class Fetcher:
 
     def close(self) -> None:
         """After the engine was closed."""
-        self._closing = True
         for thread in self._threads:
-            thread.join()
+            thread.join(CLOSE_SECONDS)
 
     def stats(self) -> dict:
         """Figures so far, by source and in all."""
@@ -70,6 +68,10 @@ class Fetcher:
             "cached_bytes": self._cache.bytes_here(),
             "sources": sources.links.stats(),
         }
+
+    def far(self, records: np.ndarray) -> np.ndarray:
+        """bool [n]: which of these records' bytes are not in the cache."""
+        return ~self._cache.is_here_each(self._extent_of[records])
 
     def _work(self) -> None:
         while True:
@@ -114,10 +116,15 @@ class Fetcher:
             good = True
             for ticket, record, _, offset, nbytes, _ in requests:
                 at = offset - begin
-                handed = engine.remote_done(ticket, view[at : at + nbytes])
+                payload = view[at : at + nbytes]
+                handed = engine.remote_done(ticket, payload)
+                if (
+                    handed is None
+                ):  # given up, or another source was first: still of use to the cache
+                    handed = _C.crc32c(payload) == self._cache.crc_of(int(self._extent_of[record]))
                 if handed:
                     self._keep(record, view[at : at + padded(nbytes)])
-                good = good and handed is not False
+                good = good and handed
             return good
 
         def patience() -> float:
@@ -132,9 +139,10 @@ class Fetcher:
             accept,
             size=layer.file_bytes,
             patience=patience,
-            wanted=lambda: not self._closing and any(engine.remote_open(r[0]) for r in requests),
+            wanted=lambda: any(engine.remote_open(r[0]) for r in requests),
         )
 
     def _keep(self, record: int, extent: memoryview) -> None:
-        if self._cache.put(int(self._extent_of[record]), extent):
+        which = int(self._extent_of[record])
+        if self._cache.is_here(which) or self._cache.put(which, extent):
             self._engine.set_local(np.array([record], np.int32), True)

@@ -53,6 +53,14 @@ class FsspecSource:
             raise BadAnswer(f"{self.name}: {path}: {size:,} bytes expected, {len(data):,} came")
         return data
 
+    def probe(self, path: str, seconds: float, transfer: Transfer) -> bool:
+        try:
+            return len(self._cat(path, 0, 1)) == 1
+        except Unreachable:
+            return False
+        except SourceError:
+            return True
+
     def forget(self, path: str) -> None:
         self._fs.invalidate_cache()
 

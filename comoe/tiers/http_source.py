@@ -32,7 +32,6 @@ from comoe.tiers.source import (
 )
 from comoe.tiers.urls import below, redacted
 
-STALL_SECONDS = 10.0  # without a connection, or one byte
 KEEP_SECONDS = 45.0  # servers close what is idle after 60 or more
 MOST_REDIRECTS = 5
 PART = 256 << 10  # bytes between two looks at whether the transfer is still wanted
@@ -143,9 +142,22 @@ class HttpSource:
             self._etags.pop(path, None)
             self._locations.pop(path, None)
 
+    def probe(self, path: str, seconds: float, transfer: Transfer) -> bool:
+        self._drop_idle()  # whatever is the matter, they have seen it too
+        try:
+            self.read_into(path, 0, memoryview(bytearray(1)), transfer)
+        except (Unreachable, TooSlow, Busy):
+            return False
+        except SourceError:
+            pass  # an answer
+        return True
+
     def close(self) -> None:
+        self._closed = True
+        self._drop_idle()
+
+    def _drop_idle(self) -> None:
         with self._lock:
-            self._closed = True
             idle = [connection for kept in self._idle.values() for connection, _ in kept]
             self._idle.clear()
         for connection in idle:
@@ -192,7 +204,7 @@ class HttpSource:
         parts = urlsplit(url)
         target = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
         while True:
-            connection, kept = self._connection(origin)
+            connection, kept = self._connection(origin, transfer.timeout)
             try:
                 if not kept:
                     transfer.check()
@@ -213,7 +225,7 @@ class HttpSource:
                     continue  # the server had closed it while it was at rest
                 raise self._error(error, where, transfer) from error
 
-    def _connection(self, origin: tuple) -> tuple[_Connection, bool]:
+    def _connection(self, origin: tuple, timeout: float) -> tuple[_Connection, bool]:
         """A connection, and whether it was used before; a new one is not connected yet."""
         with self._lock:
             kept = self._idle[origin]
@@ -227,11 +239,11 @@ class HttpSource:
         address = urlsplit(proxy if "://" in proxy else f"http://{proxy}") if proxy else None
         to = (address.hostname, address.port or 3128) if address else (host, port)
         if scheme == "http":
-            client = http.client.HTTPConnection(*to, timeout=STALL_SECONDS)
+            client = http.client.HTTPConnection(*to, timeout=timeout)
             return _Connection(client, origin, proxied=address is not None), False
         if self._tls is None:
             self._tls = ssl.create_default_context()
-        client = http.client.HTTPSConnection(*to, timeout=STALL_SECONDS, context=self._tls)
+        client = http.client.HTTPSConnection(*to, timeout=timeout, context=self._tls)
         if address is not None:
             named = address.username is not None
             client.set_tunnel(host, port, {"Proxy-Authorization": _basic(address)} if named else {})
@@ -284,7 +296,7 @@ class HttpSource:
         if isinstance(error, ssl.SSLCertVerificationError):
             return Refused(f"{where}: its certificate is not accepted: {error.verify_message}")
         if isinstance(error, TimeoutError):
-            return TooSlow(f"{where}: nothing came for {STALL_SECONDS:g} s")
+            return TooSlow(f"{where}: nothing came for {transfer.timeout:g} s")
         if isinstance(error, http.client.IncompleteRead):
             return BadAnswer(f"{where}: the answer is cut off")
         if isinstance(error, http.client.HTTPException):

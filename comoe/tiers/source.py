@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
+STALL_SECONDS = 10.0
+
 
 class SourceError(OSError):
     """A source did not give what was asked for. The text names it, without secrets, and says why.
@@ -63,10 +65,17 @@ class Transfer:
     """One request under way: how far it is, and the way to end it from another thread.
 
     began, first_byte: seconds of time.monotonic; first_byte is None until the answer begins.
+    timeout: seconds without a connection or a byte after which the source gives up.
     """
 
-    def __init__(self, source: str, nbytes: int, on_progress: Callable[[Transfer, int], None]):
-        self.source, self.nbytes = source, nbytes
+    def __init__(
+        self,
+        source: str,
+        nbytes: int,
+        on_progress: Callable[[Transfer, int], None],
+        timeout: float = STALL_SECONDS,
+    ):
+        self.source, self.nbytes, self.timeout = source, nbytes, timeout
         self.began = self.last = time.monotonic()
         self.first_byte: float | None = None
         self.received = 0
@@ -128,6 +137,9 @@ class Source(Protocol):
 
     def read_all(self, path: str, most: int, transfer: Transfer) -> bytes:
         """A file of unknown size, at most `most` bytes."""
+
+    def probe(self, path: str, seconds: float, transfer: Transfer) -> bool:
+        """Whether it answers at all within about that time, asked over a new connection."""
 
     def forget(self, path: str) -> None:
         """Believes the file's present version from now on (ETag), and looks up redirects anew."""

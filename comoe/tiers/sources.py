@@ -7,11 +7,13 @@ than the one pinned has another version of the store, and is not used.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import queue
+import random
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from comoe.policy.links import Links
 from comoe.tiers.buffers import block
@@ -34,6 +36,9 @@ SLOW_BYTES = 2 << 10
 LACK_SECONDS = 60.0  # for which a file that a source does not have is not asked for again
 IDENTITY_SECONDS = 5.0  # between two looks at a source's manifest
 HEDGERS = 2
+PROBE_SECONDS, PROBE_GROWTH, MOST_PROBE_SECONDS = 0.3, 1.1, 10.0  # between probes of one source
+PROBE_TIMEOUT = 1.0
+CLOSE_SECONDS = 5.0  # for threads to end: fsspec's calls cannot be ended from outside
 MOST_MANIFEST = 16 << 20
 
 
@@ -91,8 +96,11 @@ class Sources:
         self._running: dict[Transfer, _Running] = {}
         self._wake = threading.Condition(self._lock)
         self._threads: list[threading.Thread] = []
+        self._heard: dict[str, float] = {}  # when the last byte came, by source
         self._hedges: queue.SimpleQueue[tuple[_Job, str] | None] = queue.SimpleQueue()
         self._closed = False
+        self._stop = threading.Event()
+        self._probe_transfer: Transfer | None = None
 
     @property
     def names(self) -> list[str]:
@@ -250,6 +258,7 @@ class Sources:
         }
 
     def _progress(self, transfer: Transfer, count: int) -> None:
+        self._heard[transfer.source] = transfer.last
         if count == 0:
             self.links.answered(transfer.source, transfer.last - transfer.began)
         else:
@@ -269,6 +278,7 @@ class Sources:
                     return
                 running = list(self._running.values())
             now = time.monotonic()
+            self._find_stalled(running, now)
             for one in running:
                 begin, had = one.window
                 if now - begin >= SLOW_SECONDS:
@@ -279,6 +289,54 @@ class Sources:
                 if now >= one.hedge_at and not one.job.hedged:
                     self._hedge(one)
             time.sleep(WATCH_SECONDS)
+
+    def _find_stalled(self, running: list[_Running], now: float) -> None:
+        """A source that owes answers and says nothing, on any connection, is gone for the moment."""
+        since: dict[str, float] = {}
+        for one in running:
+            name, began = one.transfer.source, one.transfer.began
+            since[name] = min(since.get(name, began), began)
+        for name, began in since.items():
+            if now - max(began, self._heard.get(name, began)) > self.links.silence(name):
+                self.links.stalled(name)
+
+    def _probe(self) -> None:
+        """Asks sources that were left alone whether they are back, so that nobody has to try in vain, and
+        what hangs on a dead connection is asked for again at once."""
+        due: dict[str, tuple[float, float]] = {}  # when next, and how long after that
+        while not self._stop.wait(PROBE_SECONDS / 4):
+            now = time.monotonic()
+            wanted = self.links.to_probe()
+            due = {name: due.get(name, (now, PROBE_SECONDS)) for name in wanted}
+            for name in wanted:
+                at, pause = due[name]
+                if now < at or not self._manifest_path:
+                    continue
+                asked = time.monotonic()
+                transfer = Transfer(name, 1, lambda *_: None, timeout=PROBE_TIMEOUT)
+                with self._probing(transfer):
+                    back = self._by_name[name].probe(self._manifest_path, PROBE_TIMEOUT, transfer)
+                if back:
+                    self._recovered(name, asked)
+                pause = min(pause * PROBE_GROWTH, MOST_PROBE_SECONDS)
+                due[name] = time.monotonic() + pause * random.uniform(0.7, 1.3), pause
+
+    def _recovered(self, name: str, asked: float) -> None:
+        self.links.recovered(name)
+        with self._lock:
+            running = [one.transfer for one in self._running.values()]
+        for transfer in running:
+            if transfer.source == name and transfer.last < asked - self.links.silence(name) / 2:
+                transfer.abort(TooSlow(f"{name}: the connection was lost"))
+
+    @contextlib.contextmanager
+    def _probing(self, transfer: Transfer) -> Iterator[None]:
+        """So that `close` can end it."""
+        self._probe_transfer = transfer
+        try:
+            yield
+        finally:
+            self._probe_transfer = None
 
     def _hedge(self, late: _Running) -> None:
         job = late.job
@@ -303,7 +361,9 @@ class Sources:
     def _start(self) -> None:
         if self._threads or self._closed:
             return
-        targets = [self._watch] + [self._hedger] * (HEDGERS if len(self._by_name) > 1 else 0)
+        targets = [self._watch, self._probe] + [self._hedger] * (
+            HEDGERS if len(self._by_name) > 1 else 0
+        )
         self._threads = [
             threading.Thread(target=target, name="comoe-sources", daemon=True) for target in targets
         ]
@@ -315,13 +375,15 @@ class Sources:
         with self._wake:
             self._closed = True
             self._wake.notify_all()
-            running = list(self._running.values())
-        for one in running:
-            one.transfer.abort(Cancelled("closed"))
+            running = [one.transfer for one in self._running.values()]
+        self._stop.set()
+        for transfer in [*running, self._probe_transfer]:
+            if transfer is not None:
+                transfer.abort(Cancelled("closed"))
         for _ in range(HEDGERS):
             self._hedges.put(None)
         for thread in self._threads:
-            thread.join()
+            thread.join(CLOSE_SECONDS)
         for source in self._by_name.values():
             source.close()
 

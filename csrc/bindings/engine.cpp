@@ -266,6 +266,20 @@ void bind_engine(py::module_& m) {
           },
           py::arg("ticket"), py::arg("message"), "The record fails as a read from disk does.")
       .def(
+          "remote_expire",
+          [](Engine& engine, const py::object& ids, const std::string& message) {
+            if (ids.is_none()) {
+              py::gil_scoped_release release;
+              return engine.remote().expire(nullptr, 0, message);
+            }
+            const auto array = checked_array<int32_t>("remote_expire", "ids", ids);
+            py::gil_scoped_release release;
+            return engine.remote().expire(array.data(), array.size(), message);
+          },
+          py::arg("ids"), py::arg("message"),
+          "Fails those of these records that are demanded and not here, None: all; returns how "
+          "many.")
+      .def(
           "remote_open",
           [](Engine& engine, int64_t ticket) { return engine.remote().is_open(ticket); },
           py::arg("ticket"), "Whether the record is still waited for.")

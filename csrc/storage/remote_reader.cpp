@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstring>
+#include <iterator>
 
 #include "crc32c.h"
 
@@ -12,6 +13,10 @@ namespace {
 constexpr int64_t kAlign = 4096;  // of extents, which are padded with zeros
 
 int64_t end_of(const ReadJob& job) { return job.info.offset + job.info.bytes; }
+
+std::string describe(const ReadJob& job, const std::string& message) {
+  return "fetching record " + std::to_string(job.record) + ": " + message;
+}
 
 }  // namespace
 
@@ -80,7 +85,7 @@ std::vector<RemoteRequest> RemoteReader::take(double timeout_seconds, int64_t ga
   std::deque<ReadJob>& from = urgent ? demand_ : others_;
 
   // What lies around the first, as far as it goes in one piece.
-  const ReadJob& first = from.front();
+  const ReadJob first = from.front();
   std::vector<size_t> near;  // of the same file, by offset
   for (size_t i = 0; i < from.size(); ++i)
     if (from[i].info.file == first.info.file) near.push_back(i);
@@ -148,7 +153,9 @@ Handed RemoteReader::done(int64_t ticket, const uint8_t* data, int64_t bytes) {
   if (found == open_.end()) return Handed::closed;
   stats_.bytes += bytes;
   ++stats_.records;
-  close(lock, found, ReadStatus::ok, "", data);
+  const ReadJob job = found->second.job;
+  end_ticket(found);
+  report(lock, job, ReadStatus::ok, "", data);
   return Handed::taken;
 }
 
@@ -157,24 +164,54 @@ void RemoteReader::failed(int64_t ticket, const std::string& message) {
   const auto found = open_.find(ticket);
   if (found == open_.end()) return;
   ++stats_.failed;
-  close(lock, found, ReadStatus::failed,
-        "fetching record " + std::to_string(found->second.job.record) + ": " + message, nullptr);
+  const ReadJob job = found->second.job;
+  end_ticket(found);
+  report(lock, job, ReadStatus::failed, describe(job, message), nullptr);
 }
 
-// Takes the ticket out, so that nobody else closes it, then copies and reports without the lock.
-void RemoteReader::close(std::unique_lock<std::mutex>& lock, std::map<int64_t, Open>::iterator at,
-                         ReadStatus status, const std::string& error, const uint8_t* data) {
-  const Open open = at->second;
-  open_.erase(at);
-  const auto others = others_left_.find(open.take);
+int RemoteReader::expire(const int32_t* records, int64_t count, const std::string& message) {
+  const auto chosen = [&](const ReadJob& job) {
+    return job.demand && (records == nullptr ||
+                          std::find(records, records + count, job.record) != records + count);
+  };
+  std::unique_lock<std::mutex> lock(mutex_);
+  std::vector<ReadJob> late;
+  const auto waiting = std::stable_partition(demand_.begin(), demand_.end(),
+                                             [&](const ReadJob& job) { return !chosen(job); });
+  late.assign(waiting, demand_.end());
+  demand_.erase(waiting, demand_.end());
+  for (auto at = open_.begin(); at != open_.end();) {
+    const auto next = std::next(at);
+    if (chosen(at->second.job)) {
+      late.push_back(at->second.job);
+      end_ticket(at);
+    }
+    at = next;
+  }
+  stats_.failed += static_cast<int64_t>(late.size());
+  for (const ReadJob& job : late) {
+    if (stopping_) break;
+    report(lock, job, ReadStatus::failed, describe(job, message), nullptr);
+  }
+  return static_cast<int>(late.size());
+}
+
+// So that nobody else closes it. The last one of a take makes room for another take.
+void RemoteReader::end_ticket(std::map<int64_t, Open>::iterator at) {
+  const auto others = others_left_.find(at->second.take);
   if (others != others_left_.end() && --others->second == 0) {
     others_left_.erase(others);
     work_.notify_one();
   }
+  open_.erase(at);
+}
+
+void RemoteReader::report(std::unique_lock<std::mutex>& lock, const ReadJob& job, ReadStatus status,
+                          const std::string& error, const uint8_t* data) {
   ++reporting_;
   lock.unlock();
-  if (data != nullptr) copy_into_pages(open.job, data);
-  events_->read_done(open.job.record, status, error);
+  if (data != nullptr) copy_into_pages(job, data);
+  events_->read_done(job.record, status, error);
   lock.lock();
   if (--reporting_ == 0) idle_.notify_all();
 }

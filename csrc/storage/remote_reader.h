@@ -61,6 +61,9 @@ class RemoteReader {
 
   Handed done(int64_t ticket, const uint8_t* data, int64_t bytes);
   void failed(int64_t ticket, const std::string& message);  // the record fails like any read
+  // Fails those of these records that are demanded, taken or not (null: all of them); whoever
+  // fetches them may go on, for a cache. Returns how many.
+  int expire(const int32_t* records, int64_t count, const std::string& message);
   bool is_open(int64_t ticket) const;
   bool is_demanded(int64_t ticket) const;  // now: a prefetch may have become demand
 
@@ -72,8 +75,10 @@ class RemoteReader {
     int64_t take;  // number of the take that it belongs to
   };
 
-  void close(std::unique_lock<std::mutex>& lock, std::map<int64_t, Open>::iterator at,
-             ReadStatus status, const std::string& error, const uint8_t* data);
+  void end_ticket(std::map<int64_t, Open>::iterator at);  // with the lock held
+  // Copies and reports without the lock, which is held before and after.
+  void report(std::unique_lock<std::mutex>& lock, const ReadJob& job, ReadStatus status,
+              const std::string& error, const uint8_t* data);
   void copy_into_pages(const ReadJob& job, const uint8_t* data) const;
 
   const int64_t page_bytes_;

@@ -147,6 +147,31 @@ static void test_checksums() {
   CHECK(results.done.count(2) == 0 && remote.take(0, 0, 1, 1).empty());
 }
 
+// Demand that came too late fails at once, whether somebody fetches it or not; the rest stays.
+static void test_expire() {
+  Results results;
+  RemoteReader remote(kPage, &results);
+  Jobs jobs(5, 4096);
+  remote.submit(jobs.job(0, true));
+  remote.submit(jobs.job(1, false));
+  const auto taken = remote.take(0, 0, 1, 9);
+  const auto other = remote.take(0, 0, 1, 9);
+  remote.submit(jobs.job(2, true));
+  remote.submit(jobs.job(3, false));
+  const int32_t some[] = {1, 2, 4};
+  CHECK(remote.expire(some, 0, "late") == 0);
+  CHECK(remote.expire(some, 3, "late") == 1 && results.done.count(2) == 1);
+  CHECK(remote.expire(nullptr, 0, "late") == 1);
+  CHECK(results.done.size() == 2 && results.done.at(0).second == "fetching record 0: late");
+  CHECK(results.done.at(2).first == ReadStatus::failed);
+  CHECK(remote.done(taken[0].ticket, jobs.payloads[0].data(), 4096) == Handed::closed);
+  CHECK(remote.is_open(other[0].ticket) && !remote.has_demand());
+  remote.promote(1);
+  remote.promote(3);
+  CHECK(remote.expire(nullptr, 0, "late") == 2 && !remote.is_open(other[0].ticket));
+  CHECK(remote.take(0, 0, 1, 1).empty());
+}
+
 // ---- The engine over remote files --------------------------------------------------------------
 
 constexpr int kRecords = 24;
@@ -300,6 +325,7 @@ int main() {
   test_order_and_merging();
   test_promote_and_cancel();
   test_checksums();
+  test_expire();
   for (const char* io : {"threads", "auto"}) test_local_copies(io);
   test_failure();
   test_threads();
