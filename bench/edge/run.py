@@ -114,7 +114,7 @@ def play(
     moments = moments_of(script, seconds, path)
     if contender == "perfect":  # what the memory allows when all that it holds is here
         moments = [series.Moment(0.0, 1000.0, 0.001, 0)]
-    limit = int(seconds) + 120
+    limit = int(seconds) + 240
     with tempfile.TemporaryDirectory() as folder, Testbed(seconds=limit) as bed:
         work = Path(folder)
         servers = Servers(bed, store, work)

@@ -76,8 +76,7 @@ def as_contender(runtime, name: str) -> None:
     runtime.set_planner(planner)
     if name != "local":
         runtime.set_miss_rule(Wait())
-    else:
-        runtime.wait_ready(60)
+    runtime.wait_ready(60)
 
 
 def forget_finer(runtime) -> None:
@@ -86,7 +85,13 @@ def forget_finer(runtime) -> None:
         runtime.engine.cancel(kind)
     runtime.engine.wait_idle(20)
     finer = ~runtime.store_sizes.chosen(runtime.store_sizes.all_at(0))
-    runtime.engine.evict(np.flatnonzero(finer).astype(np.int32))
+    finer = np.flatnonzero(finer).astype(np.int32)
+    runtime.engine.evict(finer)
+    # The device has no storage for more, so that what memory does not hold comes over the network.
+    fetcher = runtime.remote._fetcher
+    fetcher._cache.put = lambda *args: False
+    fetcher._cache.forget(fetcher._extent_of[finer])
+    runtime.engine.set_local(finer, False)
 
 
 def main() -> None:
@@ -132,11 +137,11 @@ def main() -> None:
         if args.contender == "comoe":
             runtime._ask_for_plan()
         began = time.perf_counter()
-        cache, i = None, 0
+        cache, i = None, -1
         while time.perf_counter() - began < args.seconds:
             i += 1
-            at = i % (len(ids) - 1)
-            if i % WINDOW == 0 or at == 0:
+            at = i % len(ids)
+            if at % WINDOW == 0:
                 cache = None
             bits = runtime.stats()
             begin = time.perf_counter()
@@ -155,7 +160,6 @@ def main() -> None:
     result["network"] = stats.get("network")
     result["bytes"] = stats["bytes_read"]
     print(json.dumps(result, default=float), flush=True)
-    import faulthandler; faulthandler.dump_traceback_later(10, file=open("/tmp/edge_fh.txt","w"))
     runtime.close()
 
 
