@@ -24,6 +24,7 @@ from comoe.policy.prefetch_gauge import TimedGauge
 from comoe.policy.snapshot import Snapshot
 from comoe.policy.upgrades import RecentUse, UpgradePolicy
 from comoe.runtime.budget import EXPERT_ROWS, LONG_STEP, Budget, ModelSizes, Step
+from comoe.runtime.elsewhere import ExpertsElsewhere
 from comoe.runtime.engine import (
     Records,
     RecordTable,
@@ -37,11 +38,15 @@ from comoe.runtime.engine import (
 from comoe.runtime.kept import Kept
 from comoe.runtime.live import Live
 from comoe.runtime.missing import MissHandler, native_rule
+from comoe.runtime.network import Network, best_link
 from comoe.runtime.prefill import forward_unpacked
 from comoe.runtime.reader_core import ReaderCore
 from comoe.runtime.remote import FETCH_BYTES, Remote
 from comoe.runtime.spec import ExpertsSpec
 from comoe.store import Store
+from comoe.store.identity import store_id
+from comoe.tiers.expert_client import ExpertClient
+from comoe.tiers.expert_token import read_token
 from comoe.tiers.remote_store import RemoteStore
 from comoe_kernels.expert_ffn import prefill_rows
 from comoe_kernels.threads import use_own_threads
@@ -57,6 +62,7 @@ PLANNING_SHARE = 0.01  # of the time that planning for the text may take
 KEPT_FREE = 0.01  # share of the machine's memory that is left to others
 NATIVE_GATE_TOKENS = 8  # more are a product for torch
 GIVING_UP = 5  # times that a layer is computed anew because what it waited for did not come
+_NONE = np.empty(0, np.int64)
 CALM_STEPS = 8  # steps without pressure before the pool takes back what it lent
 
 
@@ -68,19 +74,23 @@ def joint_planner(store: Store, sizes: Sizes, experts_per_token: int) -> JointPl
     return JointPlanner(losses["loss"], losses["use"], losses["floor"])
 
 
-def planner_of(store: Store, sizes: Sizes, config: CoMoEConfig, experts_per_token: int) -> Planner:
-    """For a goal the joint planner; else by the measured curve of an aggregated store, or all alike."""
-    if config.quality is not None or config.latency is not None:
+def planner_of(
+    store: Store,
+    sizes: Sizes,
+    config: CoMoEConfig,
+    experts_per_token: int,
+    *,
+    network: bool = False,
+) -> Planner:
+    """For a goal, and where misses are decided by their cost (network), the joint planner; else by the
+    measured curve of an aggregated store, or all alike."""
+    by_cost = network and not config.exact
+    if by_cost or config.quality is not None or config.latency is not None:
         return joint_planner(store, sizes, experts_per_token)
     losses = store.losses()
     if losses is None:
         return EvenPlanner()
     return CurvePlanner(Curve(losses["curve_level"], losses["curve_loss"]))
-
-
-def _routing(index: torch.Tensor, weights: torch.Tensor) -> tuple[int, int, int, int]:
-    """As the native half wants it: addresses of int64 and float32 [T, K]; T, K."""
-    return index.data_ptr(), weights.data_ptr(), *index.shape
 
 
 class Runtime:
@@ -134,7 +144,10 @@ class Runtime:
 
         table = RecordTable(store)
         self.store_sizes = store_sizes(store, table)
-        self.planner = planner or planner_of(store, self.store_sizes, config, experts_per_token)
+        network = remote is not None or config.expert_server is not None
+        self.planner = planner or planner_of(
+            store, self.store_sizes, config, experts_per_token, network=network
+        )
         least = self.planner.least(self.store_sizes, exact=config.exact)
         largest = self.store_sizes.largest(least)
         in_full = self.store_sizes.total(store.levels.exact)
@@ -148,6 +161,8 @@ class Runtime:
             min(planned, in_full + floor), largest, floor, store.page_bytes
         )
         self.live = Live(self.store_sizes, specs, sizes.dense, self._budget_pool())
+        if remote is not None:
+            self.live.network = lambda: best_link(remote.sources.links)
         self.controller = self._controller()
         self.plan = self.controller.plan
         self.engine, first = open_engine(
@@ -160,6 +175,12 @@ class Runtime:
             verify=config.verify or remote is not None,
             remote=remote is not None,
         )
+        self.network = None
+        if network and not config.exact:
+            links = None if remote is None else remote.sources.links
+            self.network = Network(self.engine, self.store_sizes, links, self._elsewhere())
+        # In force beside the plan; None: nothing is missing.
+        self._network_rule: MissRule | None = None
         self.records = Records(store, table)
         self.missing = MissHandler(self.engine, self.store_sizes)
         self.remote = remote and Remote(
@@ -178,6 +199,16 @@ class Runtime:
         self._used = np.split(self._policy.used(), ends[:-1])  # views: level used + 1 in this step
         self._kernel_levels = kernel_levels(store.levels)
         self._install(self.plan)
+        if self.network is not None and not self._rule:
+            least = self.planner.least(self.store_sizes, exact=False)
+            self.network.wait_for(self.store_sizes.chosen(least), self.plan.pool_bytes)
+
+    def _elsewhere(self) -> ExpertsElsewhere | None:
+        """The machine of config.expert_server."""
+        if self.config.expert_server is None:
+            return None
+        client = ExpertClient(self.config.expert_server, read_token(self.config.expert_token_file))
+        return ExpertsElsewhere(client, store_id(self.store), self.specs, self.store.levels)
 
     # ---- computing ------------------------------------------------------------------------------
 
@@ -198,7 +229,7 @@ class Runtime:
             raise RuntimeError(
                 "experts_forward: this model's experts were closed; load the model again to use it"
             )
-        tokens = top_k_index.shape[0]
+        tokens = len(top_k_index)
         # An encoder runs before its model's own pass begins.
         per_layer = max(self._per_layer, tokens * self.budget.sizes.activations_per_token)
         if per_layer >= LONG_STEP:
@@ -212,17 +243,20 @@ class Runtime:
         if hidden.stride(-1) != 1:
             hidden = hidden.contiguous()
         index = top_k_index.to(torch.int64).contiguous()
-        weights = top_k_weights.to(torch.float32).contiguous()
-        guesses = self._guess(layer_idx, hidden)
-        index, low = self._face_misses(layer_idx, index, weights)
+        local, low, sent = self._face_misses(layer_idx, index, top_k_weights)
+        call = None
+        if sent.size:
+            call = self.network.away.send(layer_idx, hidden, index, top_k_weights, sent)
         if self.remote is None or self.config.exact:
-            out = self._compute(layer_idx, hidden, index, weights, top_k_weights, low, guesses)
+            out = self._compute(layer_idx, hidden, local, top_k_weights, low)
         else:
-            out = self._compute_from_afar(
-                layer_idx, hidden, index, weights, top_k_weights, low, guesses
-            )
-        if self.kept.watches and not self.plan.resident:
-            self.kept.note(layer_idx, self._used[layer_idx])
+            out = self._compute_from_afar(layer_idx, hidden, local, top_k_weights, low)
+        if call is not None:
+            other = self.network.away.result(call, tokens)
+            if other is None:
+                out += self._compute_here(layer_idx, hidden, index, top_k_weights, sent)
+            else:
+                out = (out.float() + other).to(out.dtype)
         return out
 
     def _compute_from_afar(
@@ -230,51 +264,57 @@ class Runtime:
         layer_idx: int,
         hidden: torch.Tensor,
         index: torch.Tensor,
-        weights: torch.Tensor,
         top_k_weights: torch.Tensor,
         low: np.ndarray | None,
-        guesses: list[tuple],
     ) -> torch.Tensor:
         """As `_compute`, without waiting for what cannot come in time."""
-        rule = self._judges  # what the rule left to be waited for is worth it
-        if low is None:
-            decided = self._policy.decide(layer_idx, *_routing(index, weights))
-            index, low = (
-                (torch.from_numpy(decided[0]), decided[1])
-                if decided
-                else (index, self._low[layer_idx])
-            )
         want = self._want_level[layer_idx]
+        rule = low is not None
+        low = self._low[layer_idx] if low is None else low
         for left in reversed(range(GIVING_UP)):
             faced = self.remote.face(layer_idx, index.numpy(), low, want, rule=rule)
-            chosen, levels, dispensable = faced or (index.numpy(), low, np.empty(0, np.int32))
+            if faced is None:
+                return self._compute(layer_idx, hidden, index, top_k_weights, low)
             try:
-                with self.remote.waiting(dispensable):
-                    chosen = torch.from_numpy(chosen)
-                    return self._compute(
-                        layer_idx, hidden, chosen, weights, top_k_weights, levels, guesses
-                    )
+                with self.remote.waiting(faced[2]):
+                    chosen = torch.from_numpy(faced[0])
+                    return self._compute(layer_idx, hidden, chosen, top_k_weights, faced[1])
             except OSError as error:
                 if not left or not self.remote.gave_up(error):
                     raise
+                self.network.late()
                 rule = False
-        raise AssertionError("unreachable")
+
+    def _compute_here(
+        self,
+        layer_idx: int,
+        hidden: torch.Tensor,
+        index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+        only: np.ndarray,
+    ) -> torch.Tensor:
+        """Of experts `only` int64 [n], with nothing but what is here."""
+        want = self._want_level[layer_idx]
+        found, low = self.missing.without_waiting(layer_idx, index.numpy(), only, want)
+        index = torch.from_numpy(found)
+        if self.remote is None:
+            return self._compute(layer_idx, hidden, index, top_k_weights, low)
+        return self._compute_from_afar(layer_idx, hidden, index, top_k_weights, low)
 
     def _compute(
         self,
         layer_idx: int,
         hidden: torch.Tensor,
         index: torch.Tensor,
-        weights: torch.Tensor,
         top_k_weights: torch.Tensor,
         low: np.ndarray | None,
-        guesses: list[tuple],
     ) -> torch.Tensor:
-        """Weighted sum of the chosen experts. weights: float32, as the router's `top_k_weights`.  low: uint8 [E],
-        levels that compute may start at; None: as the plan and its rule say."""
+        """On this machine. low: uint8 [E] where compute may start; None: as the plan's rule decides."""
         spec = self.specs[layer_idx]
         tokens, k = index.shape
-        routing = _routing(index, weights)
+        weights = top_k_weights.to(torch.float32).contiguous()
+        routing = (index.data_ptr(), weights.data_ptr(), tokens, k)
+        guesses = self._guess(layer_idx, hidden)
         rows = tokens * k / min(spec.num_experts, max(tokens * k, 1))
         part = max(EXPERT_ROWS // (4 * k * (spec.hidden + spec.intermediate)), 1)
         # Parts would read missing experts again, so there all tokens go through one expert at a time.
@@ -312,20 +352,26 @@ class Runtime:
                 low,
                 guesses,
             )
+        if self.kept.watches and not self.plan.resident:
+            self.kept.note(layer_idx, self._used[layer_idx])
         return out
 
     def _face_misses(
         self, layer_idx: int, index: torch.Tensor, weights: torch.Tensor
-    ) -> tuple[torch.Tensor, np.ndarray | None]:
-        """The indices to compute and the levels to start at, if a rule in Python decides what not to wait
-        for; else all of them and None."""
-        if self._rule is None or self.plan.resident:
-            return index, None
+    ) -> tuple[torch.Tensor, np.ndarray | None, np.ndarray]:
+        """The indices to compute here, the levels to start at, and the experts that another machine computes, if
+        a rule in Python decides what not to wait for; else all of them, None and none."""
+        rule = self._network_rule
+        if self._rule is not None:
+            rule = None if self.plan.resident else self._rule
+        if rule is None:
+            return index, None, _NONE
         low, want = self._min_level[layer_idx], self._want_level[layer_idx]
-        decided = self.missing.decide(
-            self._rule, layer_idx, index.numpy(), weights.numpy(), low, want
-        )
-        return (index, low) if decided is None else (torch.from_numpy(decided[0]), decided[1])
+        gates = weights.detach().to(torch.float32).numpy()
+        decided = self.missing.decide(rule, layer_idx, index.numpy(), gates, low, want)
+        if decided is None:
+            return index, low, _NONE
+        return torch.from_numpy(decided[0]), decided[1], decided[2]
 
     def _guess(self, layer_idx: int, hidden: torch.Tensor) -> list[tuple]:
         """What to read ahead while this layer computes: (later layer, its likely experts, None), or its
@@ -365,8 +411,6 @@ class Runtime:
         with self._lock:
             self._kv_held = kv_held
             self.budget.check(step, kv_held())
-            if self.remote is not None and self.remote.begin_step():
-                self._ask_for_plan()
             workspace = self.budget.sizes.workspace(step)
             long = step.tokens > 1 and workspace >= LONG_STEP
             self._per_layer = workspace - self.budget.sizes.new_kv(step) if long else 0
@@ -388,6 +432,8 @@ class Runtime:
             if self._rising is not None and self._has(self._base):
                 self._rising = None
                 self._set_levels()
+            if self.remote is not None and self.remote.begin_step():
+                self._ask_for_plan()
             if not self.plan.resident:
                 self._reader_core.begin(step.batch * step.tokens, engine["wait_seconds"])
             alike = step.tokens == 1 and not self.plan.resident
@@ -505,12 +551,41 @@ class Runtime:
         if snapshot is not self._snapshot:
             self._snapshot = snapshot
             decision = self.controller.observe(snapshot, self.engine.stats()["mapped_bytes"])
+        if self.network is not None:
+            decision = self._watch_path(snapshot) or decision
         if self._follows and self._step % FOLLOW_EVERY == 0 and self._step:
             decision = self._follow_text() or decision
         if decision is not None:
             lent = decision.before is not None and self.plan.pool_bytes < decision.before.pool_bytes
             most = self.plan.pool_bytes if lent else decision.after.pool_bytes
             self._install(self._plan_for(min(most, decision.after.pool_bytes)))
+
+    def _watch_path(self, snapshot: Snapshot) -> Decision | None:
+        """Follows the network: another path asks for another plan, and for the most valuable first."""
+        reason = self.network.look()
+        complete = self.plan.resident and self._has(self._base)
+        self._network_rule = None if complete or self._rule is not None else self.network.rule
+        if reason is None:
+            return None
+        if not complete and self._follows:
+            self.engine.cancel(UPGRADE)
+            self._ask_for_plan()
+        return self.controller.path_changed(snapshot, reason)
+
+    def _ask_for_plan(self) -> None:
+        """Asks for what the plan holds and what it aims at: from afar the most valuable increments first."""
+        if self.network is None or not self._follows:
+            aimed = self.store_sizes.chosen(self.plan.min_level)
+            self.engine.request(self.records.in_order(self._base), UPGRADE)
+            self.engine.request(self.records.in_order(aimed & ~self._base), UPGRADE)
+            return
+        before = np.maximum(self.planner.use, 1e-9)
+        scale = np.clip(self.live.profile.use() / before, 0.1, 10.0)
+        levels = self.plan.min_level.astype(np.int64)
+        ids = self.network.order(self.planner.loss, scale, levels)
+        held = self._base[ids]
+        self.engine.request(ids[held], UPGRADE)
+        self.engine.request(ids[~held], UPGRADE)
 
     def _know_text(self) -> None:
         self.live.profile.know(*self._policy.profile())
@@ -585,23 +660,21 @@ class Runtime:
         self._base = base
         self.engine.forget_largest_need()
         self.engine.set_budget(plan.pool_bytes)
+        # Then, until the cache knows better, whatever fits of what the plan aims at.
         self._ask_for_plan()
         self._set_rule()
-
-    def _ask_for_plan(self) -> None:
-        """Then, until the cache knows better, whatever fits of what the plan aims at."""
-        aimed = self._base | self.store_sizes.chosen(self.plan.min_level)
-        self.engine.request(self.records.in_order(self._base), UPGRADE)
-        self.engine.request(self.records.in_order(aimed & ~self._base), UPGRADE)
 
     def _set_rule(self) -> None:
         """What the plan in force says about misses, unless somebody else's rule decides."""
         rule = None
         if self._follows and self._rule is None:
             self._know_text()
-            rule = self.live.rule(self.plan, self.planner.loss, self.planner.use)
+            tables = (self.plan, self.planner.loss, self.planner.use)
+            if self.network is None:
+                rule = self.live.rule(*tables)
+            else:
+                self._network_rule = self.network.new_rule(self.live, *tables)
         reads = not self.plan.resident
-        self._judges = rule is not None or self._rule is not None
         self._policy.set_plan(reads, rule and native_rule(rule), self._follows)
 
     def _set_values(self, base: np.ndarray) -> None:
@@ -614,8 +687,8 @@ class Runtime:
 
     def _set_levels(self) -> None:
         rising = None if self._rising is None else self.store_sizes.of_layer(self._rising)
-        self._low = list(self._min_level if rising is None else rising)  # that compute may start at
         rows = []
+        self._low = list(self._min_level if rising is None else rising)  # that compute may start at
         for layer_idx, low in enumerate(self._min_level):
             least = self._low[layer_idx]
             self._op.set_levels(layer_idx, least, self._want_level[layer_idx])
@@ -635,7 +708,10 @@ class Runtime:
             return
         missing = self._base & (self.engine.resident() == ABSENT)
         if missing.any():
-            self.engine.request(self.records.in_order(missing), UPGRADE)
+            if self.network is None:
+                self.engine.request(self.records.in_order(missing), UPGRADE)
+            else:
+                self._ask_for_plan()
         for layer_idx, experts, values in self.upgrades.choose():
             low, high = (level[layer_idx][experts] for level in (self._min_level, self._want_level))
             ids, which = self.records.above(layer_idx, experts, low, high)
@@ -687,10 +763,15 @@ class Runtime:
             "decided": {
                 name: policy[name] + getattr(self.missing, name)
                 for name in ("waited", "coarser", "skipped")
-            },
+            }
+            | {"sent": self.missing.sent},
             "plan": self.plan.describe(),
             "engine": engine,
-        } | ({} if self.remote is None else {"remote": self.remote.stats()})
+        } | {
+            name: part.stats()
+            for name, part in (("remote", self.remote), ("network", self.network))
+            if part is not None
+        }
 
     def _bytes_read(self, engine: dict) -> dict[str, int]:
         if self.remote is None:
@@ -709,6 +790,8 @@ class Runtime:
                 self._closed = True
                 self._keep_freed(True)
                 self.engine.close()
+                if self.network is not None:
+                    self.network.close()
                 if self.remote is not None:
                     self.remote.close()
                 if self._on_close:
