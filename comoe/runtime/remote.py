@@ -12,12 +12,14 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
 
 from comoe import _C
+from comoe.policy.links import Links
 from comoe.policy.plan import Sizes
 from comoe.runtime.engine import RecordTable
 from comoe.runtime.missing import MissHandler
@@ -61,15 +63,16 @@ class Remote:
         self._fetcher = Fetcher(
             engine, remote, list(range(len(extent_of))), np.concatenate(extent_of)
         )
-        self.coarser = self.left_out = self.expired = 0  # experts; records
+        self.coarser = self.left_out = 0  # experts
         self._was_up = True
-        self._waiting = threading.Event()
-        self._call: tuple[float, np.ndarray] | None = None  # until when; records then given up
+        self._deadline = _Deadline(engine, self._links)
         self._left = 0.0  # seconds that this step may still wait for what it could do without
-        self._closed = False
-        self._watch = threading.Thread(target=self._expire, name="comoe-deadline", daemon=True)
+        # Also at the end of the process: a thread must not be inside the engine then.
+        self._end = weakref.finalize(
+            self, _end, engine, self._fetcher, remote, None if exact else self._deadline
+        )
         if not exact:
-            self._watch.start()
+            self._deadline.start()
 
     # ---- one layer ------------------------------------------------------------------------------
 
@@ -125,32 +128,17 @@ class Remote:
         """While a layer may wait, at most for the rest of this step's WAIT_SECONDS for what it could do
         without, and for nothing once no source answers."""
         began = time.monotonic()
-        self._call = began + self._left, dispensable
-        self._waiting.set()
+        self._deadline.begin(began + self._left, dispensable)
         try:
             yield
         finally:
-            self._waiting.clear()
-            self._call = None
+            self._deadline.end()
             if dispensable.size:
                 self._left = max(self._left - (time.monotonic() - began), 0.0)
 
-    def _expire(self) -> None:
-        while not self._closed:
-            self._waiting.wait(1.0)
-            call = self._call
-            if call is None:
-                continue
-            until, dispensable = call
-            if not self._links.is_up():
-                self.expired += self._engine.remote_expire(None, LATE)
-            elif dispensable.size and time.monotonic() > until:
-                self.expired += self._engine.remote_expire(dispensable, LATE)
-            time.sleep(TICK_SECONDS)
-
     def gave_up(self, error: Exception) -> bool:
         """Whether the layer can go on without what it waited for."""
-        return not self._exact and "fetching record" in str(error) and not self._closed
+        return not self._exact and "fetching record" in str(error) and self._end.alive
 
     # ---- steps ----------------------------------------------------------------------------------
 
@@ -177,15 +165,61 @@ class Remote:
             "up": self._links.is_up(),
             "coarser": self.coarser,
             "left_out": self.left_out,
-            "expired": self.expired,
+            "expired": self._deadline.expired,
         }
 
     def close(self) -> None:
-        """After the engine was closed."""
+        """Ends the engine's reads, too. May be called twice."""
+        self._end()
+
+
+class _Deadline:
+    """Ends waits that are of no use, so that a layer goes on with what is here. A thread of its own, which
+    knows nothing of the runtime, so that a model that nobody has any more is freed."""
+
+    def __init__(self, engine: _C.Engine, links: Links):
+        self._engine, self._links = engine, links
+        self._waiting = threading.Event()
+        self._call: tuple[float, np.ndarray] | None = None  # until when; records then given up
+        self._closed = False
+        self.expired = 0  # records
+        self._thread = threading.Thread(target=self._run, name="comoe-deadline", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def begin(self, until: float, dispensable: np.ndarray) -> None:
+        self._call = until, dispensable
+        self._waiting.set()
+
+    def end(self) -> None:
+        self._waiting.clear()
+        self._call = None
+
+    def close(self) -> None:
         self._closed = True
         self._waiting.set()
-        self._store.sources.close()
-        self._fetcher.close()
-        if self._watch.is_alive():
-            self._watch.join()
-        self._store.close()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._closed:
+            self._waiting.wait()
+            call = self._call
+            if call is not None:
+                until, dispensable = call
+                if not self._links.is_up():
+                    self.expired += self._engine.remote_expire(None, LATE)
+                elif dispensable.size and time.monotonic() > until:
+                    self.expired += self._engine.remote_expire(dispensable, LATE)
+            time.sleep(TICK_SECONDS)
+
+
+def _end(
+    engine: _C.Engine, fetcher: Fetcher, remote: RemoteStore, deadline: _Deadline | None
+) -> None:
+    if deadline is not None:
+        deadline.close()
+    engine.close()
+    remote.sources.close()
+    fetcher.close()
+    remote.close()

@@ -58,6 +58,7 @@ def pull(
     what is wanted.
     """
     names = remote.store.levels.names
+    up_to = up_to and up_to.removeprefix("bits")
     if up_to is not None and up_to not in names:
         raise ValueError(f"--up-to: expected one of {', '.join(names)}, got {up_to!r}")
     begin = time.perf_counter()
