@@ -22,7 +22,7 @@ from comoe import _C
 from comoe.policy.links import Links
 from comoe.policy.plan import Sizes
 from comoe.runtime.engine import RecordTable
-from comoe.runtime.missing import MissHandler
+from comoe.runtime.missing import RESIDENT, MissHandler
 from comoe.tiers.fetcher import MOST_BYTES, THREADS, Fetcher
 from comoe.tiers.remote_store import RemoteStore
 
@@ -120,7 +120,7 @@ class Remote:
         rows = self._missing.row_of(layer_idx, experts)
         ids, states = self._sizes.records[rows], self._engine.resident()
         wanted = self._needs[levels] & (ids >= 0)
-        wanted &= states[ids] != 2
+        wanted &= states[ids] != RESIDENT
         return [row[chosen] for row, chosen in zip(ids, wanted, strict=True)]
 
     @contextmanager
@@ -141,6 +141,19 @@ class Remote:
         return not self._exact and "fetching record" in str(error) and self._end.alive
 
     # ---- steps ----------------------------------------------------------------------------------
+
+    def note_plan(self, base: np.ndarray, aimed: np.ndarray, use: np.ndarray) -> None:
+        """What the plan in force is worth to the cache: what it always holds 2, what else it aims at 1, and of
+        both and the rest how likely a token uses an expert that needs it.
+
+        base, aimed: bool [records].  use: float [X], 0 to 1."""
+        used = np.zeros(len(base))
+        ids = self._sizes.records
+        for column in range(ids.shape[1]):
+            there = ids[:, column] >= 0
+            np.maximum.at(used, ids[there, column], use[there])
+        values = np.where(base, 2.0, np.where(aimed, 1.0, 0.0)) + np.clip(used, 0, 1)
+        self._fetcher.tell_worth(values, self._engine.resident() == RESIDENT)
 
     def begin_step(self) -> bool:
         """Whether sources answer again after they were out of reach: then what the plan lacks is to be asked for

@@ -549,6 +549,8 @@ class Runtime:
         self.engine.forget_largest_need()
         self.engine.set_budget(plan.pool_bytes)
         self._ask_for_plan()
+        if self.remote is not None:
+            self.remote.note_plan(base, aimed, self.live.profile.use())
         self._rule = None
         if isinstance(self.planner, JointPlanner):
             self._rule = self.live.rule(plan, self.planner.loss, self.planner.use)

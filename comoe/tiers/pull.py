@@ -17,7 +17,6 @@ from comoe.tiers.remote_store import RemoteStore
 THREADS = 4
 GAP = 64 << 10  # as fetcher.py
 MOST_BYTES = 4 << 20
-PULLED = 1.0  # worth of what was asked for by name, to the cache
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ def pull(
         cache.forget(which)
         return False
 
-    cache.raise_value(wanted, PULLED)
+    cache.pulled(wanted)
     with ThreadPoolExecutor(THREADS) as pool:
         try:
             whole = np.array(list(pool.map(is_whole, wanted.tolist())), bool)
