@@ -73,7 +73,8 @@ class Contender:
         return logp
 
     def row(self) -> dict:
-        stats, missing = self.model.comoe.stats(), self.model.comoe.missing
+        stats = self.model.comoe.stats()
+        decided = stats["decided"]
         return {
             "method": self.name,
             "ms_mean": 1e3 * float(np.mean(self.seconds)),
@@ -83,8 +84,8 @@ class Contender:
             "bits_used": stats["bits_per_weight"],
             "bytes_read": stats["bytes_read"]["disk"],
             "pool_bytes": self.model.comoe.plan.pool_bytes,
-            "coarser": missing.coarser,
-            "waited": missing.waited,
+            "coarser": decided["coarser"],
+            "waited": decided["waited"],
             "plan": stats["plan"],
         }
 
@@ -111,7 +112,7 @@ def contenders(dst: str, memory: int) -> list[Contender]:
     made.append(Contender("joint, resident", comoe.load(dst, memory=memory, quality="resident")))
     for quality in QUALITIES:
         made.append(Contender(f"joint, {quality}", comoe.load(dst, memory=memory, quality=quality)))
-    for loss in (0.0005, 0.1):
+    for loss in (0.0002, 0.0005, 0.004, 0.1):
         made.append(Contender(f"joint, {loss:g}", comoe.load(dst, memory=memory, quality=loss)))
     for contender in made:
         # Each runtime would count the others' memory as taken from its own budget.

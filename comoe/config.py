@@ -71,6 +71,9 @@ class CoMoEConfig:
     quality      "high", "balanced", "fast", or nats per token that may be lost: experts that the memory
                  does not hold finely enough are then read when that is worth the time. None: never waited for.
     latency      seconds that a token should take at most; the rest goes into quality. None: no target.
+    expert_server, expert_token_file
+                 URL of a machine that runs `comoe serve-experts` on the same store, and a file with its token:
+                 experts of which something is missing are computed there when that is the best way. Not with exact.
     """
 
     memory: int | None = None
@@ -84,6 +87,8 @@ class CoMoEConfig:
     upgrade: bool = True
     quality: str | float | None = None
     latency: float | None = None
+    expert_server: str | None = None
+    expert_token_file: str | None = None
 
     def __post_init__(self) -> None:
         if self.memory is not None:
@@ -105,6 +110,14 @@ class CoMoEConfig:
             raise ValueError(
                 "exact: expected neither quality nor latency beside it, since exact weights are always "
                 "waited for; leave one of them out"
+            )
+        if (self.expert_server is None) != (self.expert_token_file is None):
+            raise ValueError(
+                "expert_server: expected a URL and expert_token_file together; give both or none"
+            )
+        if self.exact and self.expert_server is not None:
+            raise ValueError(
+                "exact: expected no expert_server beside it, since what comes back is rounded; leave one out"
             )
         for name in ("exact", "direct_io", "verify", "upgrade"):
             if not isinstance(getattr(self, name), bool):

@@ -62,7 +62,7 @@ def give_back_free() -> None:
 
 def keep_freed(keep: bool) -> None:
     """Whether glibc may keep large blocks that are freed. If not, what is in memory is what is in
-    use: in the middle of the pass above, half of what it was. The price is a page fault for every page of
+    use, but for holes that it kept before: in the middle of the pass above, half of what it was. The price is a page fault for every page of
     every large tensor, which took about half again as much CPU time for a prompt of 1,024 tokens."""
     if hasattr(_C_LIBRARY, "mallopt"):
         _C_LIBRARY.mallopt(_M_MMAP_THRESHOLD, _KEEP if keep else _RETURN)

@@ -174,12 +174,14 @@ def test_bits_per_weight_are_those_used(load, measured, ids):
     model.comoe.set_memory(memory_for(model, model.comoe.store.losses()["curve_level"][0]))
     model.comoe.wait_ready()
     runtime = model.comoe
-    runtime._uses, runtime._bits_used = 0, 0.0
+    before = runtime._policy.counters()
     logits(model, ids)
     layer = runtime.store.layers[0]
     own = layer.records["nbytes"][0, 6] + layer.records["nbytes"][0, 5] / layer.num_experts
     least, most = 8 * own, 8 * layer.records["nbytes"][0, 0]
-    got = runtime.stats()["bits_per_weight"] * layer.geometry.num_weights
+    after = runtime._policy.counters()
+    bits = (after["bits"] - before["bits"]) / (after["uses"] - before["uses"])
+    got = bits * layer.geometry.num_weights
     assert 0.999 * least <= got < 0.5 * (least + most)
 
 

@@ -51,18 +51,20 @@ class Op:
         self.op = _C.MoeOp(self.engine, list(store.levels.masks))
         for i, layer in enumerate(store.layers):
             add_layer(self.op, layer, self.table.ids[i], first[i], layer.activation, 0.0, 0.0)
+        self.policy = _C.MoePolicy(self.engine, self.op, False, 1.0)
+        self.ends = np.cumsum([layer.num_experts for layer in store.layers])
 
     def forward(self, store, layer_idx, x, experts, level):
         """Row i of x through experts[i], weight 1; [T, H] like x."""
-        layer = store.layers[layer_idx]
         self.set_level(store, layer_idx, level)
         index = torch.as_tensor(experts, dtype=torch.int64)[:, None].contiguous()
         weights, out = torch.ones(index.shape), torch.empty_like(x)
-        used = np.zeros(layer.num_experts, np.uint8)
-        self.op.forward(
-            layer_idx, x.data_ptr(), DTYPES[x.dtype], x.stride(0), index.data_ptr(),
-            weights.data_ptr(), len(x), 1, out.data_ptr(), False, used, np.empty(0, np.int32),
+        self.policy.used()[:] = 0
+        self.policy.step(
+            self.op, layer_idx, x.data_ptr(), DTYPES[x.dtype], x.stride(0), index.data_ptr(),
+            weights.data_ptr(), len(x), 1, out.data_ptr(), False, max(len(x), 1), None, [],
         )  # fmt: skip
+        used = np.split(self.policy.used(), self.ends[:-1])[layer_idx]
         assert (used[np.unique(experts)] == level + 1).all()
         return out
 
@@ -163,7 +165,7 @@ def test_a_row_does_not_depend_on_the_others_or_on_threads(store, op):
 def test_unpacking_gives_the_sum(store, op, level, isa):
     for layer_idx in range(len(SPECS)):
         has = op.set_level(store, layer_idx, level).astype(np.int32)
-        session = op.op.session(layer_idx, has, np.empty(0, np.int32))
+        session = op.op.session(layer_idx, has, _C.AheadList())
         while (ready := session.next()) is not None:
             for need, got_level in ready:
                 expert = int(has[need])
@@ -198,7 +200,7 @@ def test_prefill_of_every_level(store, op, in_torch):
             used = np.zeros(spec.num_experts, np.uint8)
             out = forward_unpacked(
                 op.op, layer_idx, layer, x, index, torch.ones(index.shape), used,
-                np.empty(0, np.int32),
+                _C.AheadList(),
             )  # fmt: skip
             assert (used[has] == level + 1).all()
             if in_torch:
@@ -236,7 +238,7 @@ def test_sizes_and_bits_count_shares(store):
         for layer, g in zip(store.layers, geometry, strict=True)
     )
     assert sizes.has[3].tolist() == store.layers[0].has_levels(LEVELS)[3].tolist()
-    bits = records.bits(0, np.arange(4), np.full(4, base))
+    bits = records.bits[0][:4, base]
     alone = 8 * geometry[0].coded_bytes(0, 2) / geometry[0].num_weights
     np.testing.assert_allclose(bits, alone / 2)
     ids = records.in_order(sizes.chosen(sizes.all_at(base)))
@@ -264,4 +266,4 @@ def test_tables_that_do_not_fit_are_refused(store):
         op.op.set_levels(0, np.zeros(4, np.uint8), np.array([0, 0, 12, 0], np.uint8))
     with pytest.raises(ValueError, match="has no level from 0 to 0; plan a level that it has"):
         op.op.set_levels(0, np.zeros(4, np.uint8), np.zeros(4, np.uint8))
-        op.op.session(0, np.array([3], np.int32), np.empty(0, np.int32))
+        op.op.session(0, np.array([3], np.int32), _C.AheadList())

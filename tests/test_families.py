@@ -14,10 +14,12 @@ import moe_families
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 
 import comoe
 from comoe.hf.blocks import UnsupportedModelError, discover
 from comoe.hf.layouts import InterfaceLayout
+from comoe.hf.quantized import FP8_SINCE
 from comoe.hf.routers import find_gate
 from comoe.hf.sizes import experts_per_token
 
@@ -29,6 +31,43 @@ VERSION = re.search(r"for transformers (\S+);", DOCS.read_text())[1] if DOCS.exi
 NEW_TOKENS = 5
 # Models on which eager's own float32 run is 1e-4 from its float64 run: another draw of weights.
 SEEDS = {"qwen3_next": 1}
+# The first minor version of transformers with which a family works, where that is not the oldest that
+# comoe takes: found by running discover() under each. DBRX's own router was wrong before.
+OLDEST = "5.7"
+SINCE = {
+    "aria": "5.18",
+    "axk1": "5.15",
+    "axk2": "5.15",
+    "bailing_hybrid": "5.20",
+    "beam": "5.21",
+    "cohere2_moe": "5.9",
+    "dbrx": "5.15",
+    "deepseek_ocr2": "5.10",
+    "deepseek_v32": "5.11",
+    "deepseek_v4": "5.8",
+    "diffusion_gemma": "5.15",
+    "dots3_note": "5.23",
+    "flint": "5.21",
+    "glm5_next": "5.17",
+    "granitemoe": "5.13",
+    "granitemoe_swa": "5.15",
+    "granitemoehybrid": "5.13",
+    "granitemoeshared": "5.13",
+    "hy_v4": "5.17",
+    "inkling": "5.14",
+    "inkling2": "5.23",
+    "kimi_linear": "5.17",
+    "kolibri1": "5.20",
+    "mellum": "5.10",
+    "mimo_v2_flash": "5.13",
+    "minimax_m3_vl": "5.12",
+    "mistral_large4": "5.22",
+    "muse_spark": "5.20",
+    "qwen4_exp": "5.16",
+    "step3p7": "5.16",
+    "unlimited_ocr": "5.20",
+    "zaya": "5.13",
+}
 NOTES = {
     "nllb_moe": "transformers 5.23 runs experts 0 and 1 whatever the router says; comoe gives the same",
 }
@@ -185,6 +224,21 @@ def test_canonical_matrices_rebuild_the_tensors(family):
             assert torch.equal(tensor[read], original[read]), f"{block.name}.{name}"
 
 
+def promised() -> dict[str, str]:
+    """family -> the oldest transformers, of the families that docs/families.md says work."""
+    lines = [line for line in DOCS.read_text().splitlines() if line.startswith("| ")]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    return {row[0]: row[3] for row in cells if row[2] in ("interface", "adapter")}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_works_since(family):
+    oldest = promised().get(family)
+    if oldest is None or Version(transformers.__version__) < Version(oldest):
+        pytest.skip(f"docs/families.md: needs transformers {oldest}" if oldest else "not promised")
+    assert why_not(family) is None
+
+
 def rows() -> list[tuple[str, ...]]:
     out = []
     for family in FAMILIES:
@@ -193,7 +247,7 @@ def rows() -> list[tuple[str, ...]]:
         try:
             blocks = discover(model)
         except UnsupportedModelError as error:
-            out.append((family, name, "no", "", "", re.sub(r"^discover: ", "", str(error))))
+            out.append((family, name, "no", "", "", "", re.sub(r"^discover: ", "", str(error))))
             continue
         kinds = dict.fromkeys(block.spec.activation or "its own, in torch" for block in blocks)
         where = ", ".join(kinds)
@@ -204,7 +258,9 @@ def rows() -> list[tuple[str, ...]]:
         notes = [NOTES[family]] if family in NOTES else []
         if not model.can_generate():
             notes.append("text stack alone is tested")
-        out.append((family, name, call, where, "yes" if all(gates) else "no", "; ".join(notes)))
+        ahead = "yes" if all(gates) else "no"
+        oldest = SINCE.get(family, OLDEST)
+        out.append((family, name, call, oldest, where, ahead, "; ".join(notes)))
     return out
 
 
@@ -220,11 +276,12 @@ distance from the float32 run is at most twice eager's own.
 
 - *experts*: `interface` is transformers' ExpertsInterface, where a new family needs nothing of comoe;
   `adapter` is one of the classes in `comoe/hf/layouts.py`; `no` is a family that cannot work, with the reason.
+- *since*: the first transformers with which the family works, of {OLDEST} and later.
 - *activation*: the name under which comoe's kernels compute it, or where it runs instead. Activations in
   torch give the same results, more slowly.
 - *prefetch*: whether the next layer's router is understood, so that its experts are read ahead.
 
-Whole models are packed from bf16, fp16, fp32, FP8 (`fp8`, e4m3 with scales per block or tensor; transformers 5.8 or
+Whole models are packed from bf16, fp16, fp32, FP8 (`fp8`, e4m3 with scales per block or tensor; transformers {FP8_SINCE} or
 later) and MXFP4 (`mxfp4`, as GPT-OSS) checkpoints. Of the last two `exact` holds the experts' own codes and scales, and
 computes with the weights that transformers gets with `dequantize=True`, bit for bit; dense weights are
 stored dequantised. FP8 experts keep their codes where each block is a multiple of 16 rows and 128 columns or the
@@ -233,8 +290,8 @@ dequantised to the model's type first, and so are codes of other kinds under `fp
 (GPTQ, AWQ, bitsandbytes and so on) are refused with a message: save a dequantised copy with
 transformers first. `exact` then means the bits of that copy.
 
-| family | class tested | experts | activation | prefetch | note |
-|---|---|---|---|---|---|
+| family | class tested | experts | since | activation | prefetch | note |
+|---|---|---|---|---|---|---|
 {body}
 """
 

@@ -171,3 +171,31 @@ def test_profile_finds_the_domain_and_then_the_text():
     assert not profile.seen
     with pytest.raises(ValueError, match="expected finite"):
         InputProfile([16], np.ones(15))
+
+
+def test_a_plan_that_waits_uses_what_experts_share_where_that_pays():
+    # Pairs share a merged set as large as one of them at 2 bits: half the memory, a little more loss.
+    pairs = np.repeat(np.arange(8), 2)
+    records = np.stack([np.arange(16), 16 + pairs, 24 + np.arange(16)], 1).astype(np.int32)
+    sizes = Sizes(
+        Levels(("merge", "2", "exact"), (0b010, 0b001, 0b100)),
+        records,
+        np.r_[np.full(16, 1000), np.full(8, 1000), np.full(16, 8000)].astype(np.int64),
+        np.array([16]),
+    )
+    loss, use = np.tile([0.012, 0.01, 0.0], (16, 1)), np.full(16, 0.25)
+    made = JointPlanner(loss, use)
+    goal = Goal(loss=0.2)
+    made.situation = Situation(goal, costs(compute=sizes.bytes_at / 1e8))
+    plan = made.plan(sizes, 8800, exact=False)
+    merged = plan.min_level == 0
+    assert merged.sum() >= 12 and plan.loss <= goal.loss
+    assert plan.base[16:24].sum() == np.unique(pairs[merged]).size  # in memory, each once
+    assert plan.spare == 8800 - sizes.record_bytes[plan.base].sum()
+    # What is held is not read: judged as it was planned.
+    own = np.where(np.tile([True, False, False], (16, 1)), np.nan, loss)
+    alone = JointPlanner(own, use)
+    alone.situation = made.situation
+    slower = alone.plan(sizes, 8800, exact=False)
+    assert made.judge(sizes, plan)[1] < 0.5 * alone.judge(sizes, slower)[1]
+    assert made.judge(sizes, plan) == pytest.approx((plan.loss, plan.seconds))

@@ -36,7 +36,8 @@ def test_a_bound_on_loss_reads_what_it_needs(packed_demo, model):
     assert runtime.plan.loss <= 0.002 and not runtime.plan.resident
     generate(model, ids_of(packed_demo))
     fine = runtime.stats()
-    assert runtime.missing.waited > 0 and runtime.missing.coarser > 0
+    decided = runtime.stats()["decided"]
+    assert decided["waited"] > 0 and decided["coarser"] > 0
     assert "nats per token" in runtime.describe()
     with comoe_loaded(packed_demo, quality="fast") as other:
         generate(other, ids_of(packed_demo))

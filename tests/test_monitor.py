@@ -200,10 +200,18 @@ def test_work_teaches_speeds(monitor):
 
 
 def test_what_one_sample_learns_from_is_bounded(monitor):
+    assert monitor.listening
     for i in range(10_000):
-        monitor.note_transfer("disk", 1e6, 1e-3 if i < 9_000 else 1e-2)
+        monitor.note_transfer("disk", 1e6, 1e-3 if i < MOST_NOTES else 1e-2)
+        assert monitor.listening == (i < MOST_NOTES - 1)
     disk = monitor.sample().tiers["disk"]
-    assert disk.bandwidth.samples == MOST_NOTES  # the newest
+    assert disk.bandwidth.samples == MOST_NOTES  # the first
+    assert 1e6 / disk.bandwidth.mean + disk.latency.mean == pytest.approx(1e-3, rel=0.01)
+    assert monitor.listening  # again
+    for _ in range(3):
+        for _ in range(MOST_NOTES):
+            monitor.note_transfer("disk", 1e6, 1e-2)
+        disk = monitor.sample().tiers["disk"]
     assert 1e6 / disk.bandwidth.mean + disk.latency.mean == pytest.approx(1e-2, rel=0.01)
 
 

@@ -213,7 +213,7 @@ def test_a_model_that_is_not_closed_ends_with_the_process(server, tmp_path):
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
         cwd=ROOT,
     )
     assert done.returncode == 0 and "loaded" in done.stdout, done.stderr

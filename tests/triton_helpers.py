@@ -25,7 +25,7 @@ def _count(out, n):
 
 
 def _why_not_interpreted() -> str | None:
-    """Triton 3.6 reads bounds of loops as numpy 2.5 no longer allows; its compiler is not concerned."""
+    """Triton 3.6 reads bounds of loops as numpy 2.4 no longer allows; its compiler is not concerned."""
     if not triton.knobs.runtime.interpret:
         return None
     out = torch.zeros(1, dtype=torch.int32)

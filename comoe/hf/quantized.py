@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from packaging.version import Version
 from transformers import PreTrainedConfig
 from transformers.core_model_loading import (
     Concatenate,
@@ -32,6 +33,7 @@ from comoe.hf.safetensors_io import CheckpointError, TensorEntry
 FP8, MXFP4 = "float8_e4m3fn", "mxfp4"  # as the store names them
 # How the tensors of codes and of scales are named, by quant_method.
 SUFFIXES = {"fp8": ("", "_scale_inv"), "mxfp4": ("_blocks", "_scales")}
+FP8_SINCE = "5.10"  # of transformers
 TILE_ROWS, GROUP_COLS, MXFP4_COLS = 16, 128, 32  # what one scale of a store covers
 
 
@@ -56,18 +58,19 @@ def source_quantizer(config: PreTrainedConfig, folder: Path) -> HfQuantizer | No
         raise CheckpointError(
             f"{folder}: quantization_config is not understood: {error}"
         ) from error
-    if method == "fp8" and not converts_fp8_experts(quantizer):
+    if method == "fp8" and not dequantises_fp8_experts():
         raise CheckpointError(
             f"{folder}: transformers {transformers.__version__} cannot dequantise FP8 experts; expected "
-            "5.8 or later: pip install -U transformers."
+            f"{FP8_SINCE} or later: pip install -U transformers."
         )
     quantizer.quantization_config.dequantize = True
     return quantizer
 
 
-def converts_fp8_experts(quantizer: HfQuantizer | type[HfQuantizer]) -> bool:
-    """Whether this transformers puts a dequantisation before the conversions that merge experts."""
-    return hasattr(quantizer, "update_weight_conversions")
+def dequantises_fp8_experts() -> bool:
+    """transformers 5.7 merges FP8 experts without their scales; 5.8 and 5.9 give them in float32 whatever
+    the model's type, and refuse tensors with one scale."""
+    return Version(transformers.__version__) >= Version(FP8_SINCE)
 
 
 def _settings(config: PreTrainedConfig) -> dict | None:

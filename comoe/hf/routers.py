@@ -20,7 +20,9 @@ from torch import nn
 
 from comoe.hf.blocks import MoEBlock
 from comoe.hf.layouts import Layout
+from comoe.policy.predictor import Predictor
 from comoe.runtime.spec import ExpertsSpec
+from comoe_kernels.unpack import DTYPES
 
 PROBE_TOKENS = 64
 
@@ -52,6 +54,20 @@ class LinearGate:
         weight = getattr(self.owner, self.name)
         bias = self.owner.bias if self.has_bias else None
         return F.linear(hidden.to(weight.dtype), weight, bias)
+
+    def address(self) -> tuple[int, int, int, int] | None:
+        """(weights, bias or 0, dtype as the kernels number it, k); None: not as the kernels read them."""
+        weight = getattr(self.owner, self.name)
+        bias = self.owner.bias if self.has_bias else None
+        plain = weight.dtype in DTYPES and weight.device.type == "cpu" and weight.is_contiguous()
+        if not plain or (bias is not None and bias.dtype != weight.dtype):
+            return None
+        return (
+            weight.data_ptr(),
+            0 if bias is None else bias.data_ptr(),
+            DTYPES[weight.dtype],
+            self.k,
+        )
 
 
 @dataclass(frozen=True)
@@ -159,8 +175,8 @@ def _router_gates(parent: nn.Module, block: MoEBlock) -> Iterator[RouterGate]:
             yield RouterGate(module, block.spec.num_experts)
 
 
-class NextGate:
-    """A comoe.policy.predictor.Predictor: layer i's hidden state through the routers of layers i + 1 to
+class NextGate(Predictor):
+    """Layer i's hidden state through the routers of layers i + 1 to
     i + depth."""
 
     def __init__(
@@ -191,6 +207,17 @@ class NextGate:
         if len(gates) < ahead or any(gate is None for gate in gates) or hidden.shape[0] == 0:
             return None
         return gates[-1].choose(hidden)
+
+    def linear_gates(self, layer_idx: int) -> list[tuple[int, tuple[int, int, int, int]]]:
+        gates = []
+        for later, gate in enumerate(
+            self._gates[layer_idx : layer_idx + self.depth], layer_idx + 1
+        ):
+            address = gate.address() if isinstance(gate, LinearGate) else None
+            if address is None:
+                return gates if gate is None else []
+            gates.append((later, address))
+        return gates
 
     def predict(self, layer_idx: int, hidden: torch.Tensor) -> list[tuple[int, np.ndarray]]:
         """Likely experts of the next layers, nearest layer and most wanted first; [] where the next router

@@ -163,7 +163,7 @@ class Controller:
         self._use = use
         plan, _ = self._make_nearest(self.plan.pool_bytes)
         loss, seconds = self.planner.judge(self.sizes, self.plan)
-        better = plan.loss < (1.0 - WORTHWHILE) * loss
+        better = (plan.loss or 0.0) < (1.0 - WORTHWHILE) * loss  # None: every expert exact
         if plan.seconds is not None and seconds is not None and plan.price < math.inf:
             goal = self.planner.situation.goal
             if goal.loss is not None and loss <= goal.loss:
@@ -171,6 +171,19 @@ class Controller:
         if not better or _alike(plan, self.plan):
             return None
         return self._decide("the text uses other experts", self.plan, plan)
+
+    def path_changed(self, snapshot: Snapshot, reason: str) -> Decision | None:
+        """Another plan, if the way to where experts lie has become another one: its figures are believed
+        at once, also when they are better."""
+        if self._costs_of is None or not hasattr(self.planner, "situation"):
+            return None
+        self._time = max(self._time, snapshot.time)
+        self._costs = self._costs_of(snapshot)
+        self._bandwidth.reset(self._costs.bandwidth)
+        plan, missed = self._make_nearest(self.plan.pool_bytes)
+        if _alike(plan, self.plan):
+            return None
+        return self._decide("; ".join([reason, *missed]), self.plan, plan)
 
     def _pool_for(self, snapshot: Snapshot, held: int) -> tuple[int, str]:
         """Bytes of pool to plan with, and why they are others than now ("": they are not)."""

@@ -69,7 +69,6 @@ class JointPlanner:
         self.situation = Situation()
         self.loss, self.use, self._floor = loss, np.clip(use, 0.0, 1.0), floor
         self._options: Options | None = None
-        self._own: Options | None = None
         self._finer: np.ndarray | None = None
         self._multipliers: dict[str, np.ndarray] = {}
         self._age: int | None = None  # of AGES
@@ -98,7 +97,6 @@ class JointPlanner:
             if answer is None:
                 return all_cached(sizes, least, pool_bytes)
         else:
-            options = self._own_options(sizes)
             answer = self._with_waiting(sizes, options, scale, room, pool_bytes)
         return self._plan_of(sizes, options, answer, pool_bytes)
 
@@ -106,12 +104,9 @@ class JointPlanner:
         """(loss, seconds) per token of a plan in the present situation; seconds None without costs."""
         rows = np.arange(len(plan.min_level))
         loss = self.loss[rows, plan.min_level] @ self._scale(self._options_of(sizes))
-        held = plan.held.astype(np.int64)
-        missing = np.where(
-            held >= 0,
-            sizes.step_bytes[rows, np.maximum(held, 0), plan.min_level],
-            sizes.bytes_at[rows, plan.min_level],
-        )
+        needed = sizes.needs[plan.min_level] & (sizes.records >= 0)
+        absent = needed & ~plan.base[np.maximum(sizes.records, 0)]
+        missing = np.where(absent, sizes.record_bytes[sizes.records], 0).sum(1)
         return float(loss), self._seconds(sizes, plan.min_level, missing, self._age)
 
     def least_memory(self, sizes: Sizes) -> int:
@@ -120,7 +115,7 @@ class JointPlanner:
         goal, costs = self.situation.goal, self.situation.costs
         if goal.loss is None or goal.latency is None or costs is None:
             raise ValueError("least_memory: expected a goal with a loss and a latency, and costs")
-        options = self._own_options(sizes)
+        options = self._options_of(sizes)
         found, why = [], None
         for age in AGES:
             table = _Table(options, costs, self._scale(options), self._live_use(), age)
@@ -239,17 +234,6 @@ class JointPlanner:
             self._options = expert_options(sizes, self.loss, self.use, floor=self._floor)
         return self._options
 
-    def _own_options(self, sizes: Sizes) -> Options:
-        """Without the levels that stand on records of several experts. Where what is missing may be read, a
-        base in memory did not change any plan (bundled model, 10 to 50 % of the bytes, 0.01 and 0.002
-        nats), and took 3 to 20 times as long to rule out."""
-        if self._own is None:
-            owned = ~(sizes.shared[sizes.records] & (sizes.records >= 0))
-            needs_shared = ((~owned)[:, None, :] & sizes.needs).any(2)
-            loss = np.where(needs_shared, np.nan, self.loss)
-            self._own = expert_options(sizes, loss, self.use, floor=self._floor)
-        return self._own
-
     def _live_use(self) -> np.ndarray:
         use = self.situation.use
         return self.use if use is None else np.clip(use, 0.0, 1.0)
@@ -331,7 +315,7 @@ class _Table:
         offered = np.isfinite(options.loss)
         read = (options.missing > 0) * costs.latency + options.missing / costs.bandwidth
         seconds = costs.compute[rows, options.used] + (1.0 - costs.overlap) * stays * read
-        self._shared, self._shared_bytes = options.shared, options.shared_bytes
+        self._sharing, self._shared_bytes = options.sharing, options.shared_bytes
         self.values = {
             "memory": options.held_bytes + options.missing * (1.0 - stays),
             "seconds": np.where(offered, use[:, None] * seconds, np.inf),
@@ -348,6 +332,6 @@ class _Table:
             ),
             np.array(list(limits.values())),
             tuple(limits),
-            shared=self._shared,
+            shared=self._sharing,
             shared_cost=np.stack(shared_cost).astype(np.float64),
         )

@@ -237,6 +237,23 @@ class Links:
             ratio = ratios[int(PERCENTILE * len(ratios))] if known else FIRST_RATIO
             return max(LEAST_HEDGE, expected * max(ratio, 1.0))
 
+    def best(self) -> tuple[str, Link] | None:
+        """The source from which a small record should be here first, and its link; None while none may be
+        asked."""
+        with self._lock:
+            now = self._clock()
+            usable = [n for n, s in self._states.items() if s.may_be_asked(now)]
+            if not usable:
+                return None
+            name = min(usable, key=lambda n: self._states[n].seconds(SAMPLE_BYTES))
+        return name, self.link(name)
+
+    def path_changed(self) -> None:
+        """The way to the sources is another one now: those that failed may be asked at once."""
+        with self._lock:
+            for state in self._states.values():
+                state.stalled, state.failures, state.not_before = False, 0, 0.0
+
     def is_up(self) -> bool:
         """Whether some source neither fails again and again nor has fallen silent."""
         with self._lock:

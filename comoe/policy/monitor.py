@@ -1,7 +1,7 @@
 """What is: sensors sampled now and then, speeds learnt from the work itself, in one frozen Snapshot.
 
 Sampling is limited to a share of the time: after a sample that took c seconds the next one comes no
-sooner than c / share later. Absurd readings are ignored and counted; the fallbacks:
+sooner than c / share later. Between two samples a few notes of the work are enough. Absurd readings are ignored and counted; the fallbacks:
 
     memory      the last good reading; None until there is one
     pressure    0
@@ -14,19 +14,19 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter, defaultdict, deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping
 
 from comoe.policy.sensors import Readings, Sensors, SystemSensors
 from comoe.policy.smoothing import LinkEstimate, Smoothed
 from comoe.policy.snapshot import Estimate, Link, Snapshot
 
-SHARE = 0.0025  # of the run time that sampling may take; with the note_ methods below 0.5 %
+SHARE = 0.002  # of the run time that sampling may take; with the note_ methods below 0.5 %
 INTERVAL = 0.1  # seconds between samples at least
 SLOW_EVERY = 100  # samples between looks at the battery
 FASTEST = 1e14  # bytes/s, and weights/s; above it a clock was wrong
 SLOWEST = 1.0
-MOST_NOTES = 32  # of a kind that one sample learns from, the newest
+MOST_NOTES = 32  # between two samples; a link or a kernel does not change faster
 TIER, SOURCE, COMPUTE, DENSE = "tier", "source", "compute", "dense"
 UNKNOWN_LATENCY = 1e-4  # seconds, of a link that no profile describes
 
@@ -51,10 +51,8 @@ class Monitor:
         self._sensors = SystemSensors() if sensors is None else sensors
         self._share, self._interval = share, interval
         self._clock, self._timer = clock, timer
-        # Appending to a deque is safe from any thread.
-        self._noted: defaultdict[tuple[str, str], deque[tuple[float, float, float]]] = defaultdict(
-            lambda: deque(maxlen=MOST_NOTES)
-        )
+        # Appending to a deque is safe from any thread. With several, a few notes too many are kept.
+        self._noted: deque[tuple[str, str, float, float, float]] = deque()
         self._tiers = {name: LinkEstimate(link) for name, link in (prior or {}).items()}
         self._sources: dict[str, LinkEstimate] = {}
         self._compute: dict[str, Smoothed] = {}
@@ -64,50 +62,60 @@ class Monitor:
         self._due = 0.0
         self._stalled: tuple[float, float] | None = None  # when, seconds stalled since the start
         self._snapshot = Snapshot(0.0)
+        self.listening = True  # whether notes are kept; a caller may spare itself what makes them
         self.samples = 0
         self.seconds = 0.0  # that sampling took
         self.ignored: Counter[str] = Counter()  # absurd readings, by what they were of
 
     # ---- what the work tells ------------------------------------------------------------------
-    # Only kept here: calls lie between other work, with cold caches. The next sample learns from them.
+    # Only kept here: calls lie between other work, with cold caches. The next sample learns from them. Until
+    # then the first MOST_NOTES are enough, and the rest are not listened to.
 
     def note_transfer(self, tier: str, num_bytes: float, seconds: float, requests: int = 1) -> None:
         """`num_bytes` came from a tier in `seconds` of its working time. requests: how many came one after
         the other, each with the tier's latency; what was in flight together counts once."""
-        self._noted[TIER, tier].append((num_bytes, seconds, requests))
+        if self.listening:
+            self._keep(TIER, tier, num_bytes, seconds, requests)
 
     def note_network(
         self, source: str, num_bytes: float, seconds: float, requests: int = 1
     ) -> None:
         """The same of a network source."""
-        self._noted[SOURCE, source].append((num_bytes, seconds, requests))
+        if self.listening:
+            self._keep(SOURCE, source, num_bytes, seconds, requests)
 
     def note_compute(self, level: str, weights: float, seconds: float) -> None:
         """One token went through `weights` weights, all at one level, with nothing waited for."""
-        self._noted[COMPUTE, level].append((weights, seconds, 1))
+        if self.listening:
+            self._keep(COMPUTE, level, weights, seconds, 1)
 
     def note_dense(self, seconds: float, tokens: int = 1) -> None:
         """What one decoding step spent outside the experts."""
-        self._noted[DENSE, DENSE].append((tokens, seconds, 1))
+        if self.listening:
+            self._keep(DENSE, DENSE, tokens, seconds, 1)
+
+    def _keep(self, *note) -> None:
+        self._noted.append(note)
+        self.listening = len(self._noted) < MOST_NOTES
 
     def _learn(self) -> None:
         """From what was noted since the last sample."""
-        for (kind, name), notes in list(self._noted.items()):
-            while notes:
-                amount, seconds, requests = notes.popleft()
-                least = 0.0 if kind == DENSE else SLOWEST
-                if not _speed(amount, seconds, least) or not 0 < requests < math.inf:
-                    self.ignored[name] += 1
-                elif kind in (TIER, SOURCE):
-                    links = self._tiers if kind == TIER else self._sources
-                    if name not in links:
-                        first = Link(Estimate(amount / seconds), Estimate(UNKNOWN_LATENCY))
-                        links[name] = LinkEstimate(first)
-                    links[name].add(amount, seconds, requests)
-                elif kind == COMPUTE:
-                    self._compute.setdefault(name, Smoothed()).add(seconds / amount)
-                else:
-                    self._dense.add(seconds / amount)
+        while self._noted:
+            kind, name, amount, seconds, requests = self._noted.popleft()
+            least = 0.0 if kind == DENSE else SLOWEST
+            if not _speed(amount, seconds, least) or not 0 < requests < math.inf:
+                self.ignored[name] += 1
+            elif kind in (TIER, SOURCE):
+                links = self._tiers if kind == TIER else self._sources
+                if name not in links:
+                    first = Link(Estimate(amount / seconds), Estimate(UNKNOWN_LATENCY))
+                    links[name] = LinkEstimate(first)
+                links[name].add(amount, seconds, requests)
+            elif kind == COMPUTE:
+                self._compute.setdefault(name, Smoothed()).add(seconds / amount)
+            else:
+                self._dense.add(seconds / amount)
+        self.listening = True
 
     # ---- what the sensors tell ----------------------------------------------------------------
 

@@ -14,10 +14,12 @@ what another option of the same expert beats in everything. numpy only.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
 from comoe.policy.plan import Levels, Sizes
+from comoe.policy.shared_costs import Sharing
 from comoe.policy.solver import Problem
 
 NOTHING, SHARED = -1, -2  # in `held`, beside the numbers of levels
@@ -46,6 +48,11 @@ class Options:
     loss: np.ndarray
     use: np.ndarray
 
+    @cached_property
+    def sharing(self) -> Sharing:
+        """`shared` for the solver, which keeps there what it learns of it."""
+        return Sharing(self.shared)
+
     @property
     def reads(self) -> np.ndarray:
         """float64 [X, O]: bytes that a step is expected to read."""
@@ -71,7 +78,7 @@ class Options:
             np.array(limits, np.float64),
             names,
             penalty,
-            self.shared,
+            self.sharing,
             np.stack(shared_cost).astype(np.float64),
         )
 

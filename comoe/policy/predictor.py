@@ -28,6 +28,12 @@ class Predictor(Protocol):
         first), nearest layer first; empty if it cannot tell."""
         ...
 
+    def linear_gates(self, layer_idx: int) -> list[tuple[int, tuple[int, int, int, int]]]:
+        """If predict(layer_idx) would give the k largest scores of linear gates: pairs of the later layer and
+        its gate: (address of its weights [E, H], of its bias or 0, dtype as the kernels number it, k), valid
+        for this call. Empty: ask predict."""
+        return []
+
     def predict_next(self, layer_idx: int) -> np.ndarray | None:
         """After `layer_idx` ran: int64 array of what it will likely use at the next token, most likely
         first; None if it cannot tell."""
@@ -95,6 +101,9 @@ class PrefetchGauge:
         self._read_bytes, self._used_bytes = read_bytes, used_bytes
         if read > 0:
             self.share += self.smoothing * (min(used / read, 1.0) - self.share)
+
+    def note_seconds(self, seconds: float) -> None:
+        """What the step took, for gauges that go by it (prefetch_gauge.py)."""
 
     @property
     def useful(self) -> bool:

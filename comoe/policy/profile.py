@@ -51,7 +51,7 @@ class InputProfile:
             / np.stack([np.bincount(layer, r, len(counts)) for r in self._stored])[:, layer]
         )
         self._squares = None if squares is None else np.asarray(squares, np.float64)
-        self._decay = 0.5 ** (1.0 / half_life)
+        self.decay = 0.5 ** (1.0 / half_life)  # per token
         self._prior_tokens = prior_tokens
         self._seen = np.zeros(total)
         self._seen_squares = np.zeros(total)
@@ -63,12 +63,16 @@ class InputProfile:
         begin, end = self._first[layer_idx], self._first[layer_idx + 1]
         chosen = (experts >= 0) & (experts < end - begin)
         tokens = experts.shape[0]
-        fade = self._decay**tokens
+        fade = self.decay**tokens
         seen = np.bincount(experts[chosen], minlength=end - begin)
         squares = np.bincount(experts[chosen], weights[chosen] ** 2.0, minlength=end - begin)
         self._seen[begin:end] = self._seen[begin:end] * fade + seen
         self._seen_squares[begin:end] = self._seen_squares[begin:end] * fade + squares
         self._tokens[layer_idx] = self._tokens[layer_idx] * fade + tokens
+
+    def know(self, seen: np.ndarray, squares: np.ndarray, tokens: np.ndarray) -> None:
+        """What somebody else noted: uses and squared gate weights float [X], and tokens [layers], fading."""
+        self._seen, self._seen_squares, self._tokens = seen, squares, tokens
 
     def new_sequence(self) -> None:
         """A new text: what was seen is forgotten, what is stored stays."""

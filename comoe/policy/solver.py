@@ -10,9 +10,8 @@ their logarithms, one inside the other where there are several limits, from the 
 given. What they leave over is filled greedily along the edges of the hulls, steepest first, and so the
 result is worse than the best possible by less than one step of one expert per limit that binds.
 
-Shared costs (a base that many experts add to) are charged once: for given multipliers all are open at
-first, and those that save less than they cost are closed, the worse half of them in each round. That is
-exact where an expert's options know one shared cost, and a local search where there are more.
+Shared costs (a base that many experts add to) are charged once, see shared_costs.py: exactly where few
+of them hang together, by a local search where many do.
 
 numpy only. One evaluation over X experts with O options reads (1 + limits) X O doubles.
 Lagrangian relaxation of the multiple-choice knapsack: Kellerer, Pferschy, Pisinger, Knapsack Problems
@@ -26,11 +25,25 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from comoe.policy.shared_costs import Groups, LocalSearch, Sharing, priced_values
+
 GAP = 1e-4  # the search ends when what is left over is worth less than this share of the loss
 MAX_STEPS = 60  # of each search for one multiplier
 FIRST_FACTOR = 1.05  # from a multiplier to the next one tried; squared each time
 MAX_FILLS = 24  # rounds of the greedy fill
+FEW_LEFT = 256  # experts among which it goes on where they are many
 TINY = 1e-300
+CLOSE = 1e-2  # a quicker search will do if it ends within this share of the bound
+MANY = 500  # experts from which the sums are smooth enough for it
+MAX_NEWTON = 24  # steps of it
+AHEAD = 1.05  # factor of a multiplier for differences
+SMOOTH = 0.02  # logarithm of a multiplier over which steps of single experts average out
+FLAT = 1e-3  # share of a limit that a factor e must change at least
+MOST_REACH = 100.0
+FARTHEST = 1e-12  # of where it starts; a price below that is as good as none
+REACH = 1.0  # of its first step, in logarithms
+STEPS_APART = 4.0  # mean shares of an expert from the limits at which it ends
+WIDER = 1.5  # how much further below the limits it aims after each step that came near
 STEEPEST = 1e18  # a multiplier above this many times the mean slope: the limit cannot be met
 
 
@@ -41,7 +54,8 @@ class Problem:
     loss: float [X, O], nats per token; inf or nan: not offered.  cost: float [R, X, O], >= 0.
     limits: float [R].  names: of the limits, for messages.  penalty: float [X, O] counted like loss but
     reported apart, e.g. nats for the bytes of moving there from the present plan.
-    shared: int [X, O, M], what an option shares with others, -1 for nothing.  shared_cost: [R, S].
+    shared: int [X, O, M], what an option shares with others, -1 for nothing; or a Sharing, which spares
+    later problems of the same options some of the work.  shared_cost: [R, S].
     """
 
     loss: np.ndarray
@@ -49,7 +63,7 @@ class Problem:
     limits: np.ndarray
     names: tuple[str, ...] = ()
     penalty: np.ndarray | None = None
-    shared: np.ndarray | None = None
+    shared: np.ndarray | Sharing | None = None
     shared_cost: np.ndarray | None = None
 
 
@@ -85,10 +99,21 @@ def solve(problem: Problem, start: np.ndarray | None = None) -> Solution:
     """
     priced = _Priced(problem)
     multipliers = priced.guess() if start is None else _checked_start(start, priced)
+    if _smooth(priced) and (multipliers > 0).all():
+        newton = _Newton(priced, multipliers)
+        point = newton.run()
+        if point is not None:
+            return priced.solution(point, newton.bound)
+        multipliers = newton.nearest.multipliers
     point = _Search(priced, multipliers).run()
     if point is None:
         point = _feasible_point(problem, priced)
     return priced.solution(_fill(priced, point))
+
+
+def _smooth(priced: _Priced) -> bool:
+    """Whether there are limits to search for together, and experts enough to do so."""
+    return len(priced.limits) > 1 and priced.all is not None and priced.shape[0] >= MANY
 
 
 @dataclass(frozen=True)
@@ -133,33 +158,71 @@ class _Priced:
         # Buffers of our own: fresh megabytes would be paged in anew at each evaluation.
         self.buffers = np.empty((2, loss.size))
         self.first = np.arange(loss.shape[0]) * loss.shape[1]
-        self.shared = _Shared.of(problem, self.shape, offered)
+        self.shared, self.shared_cost = _shared_of(problem, self.shape)
         self.evaluations = 0
-        self.focus: _Focus | None = None
+        self.focus: _Part | None = None
+        self.all, self.local = self._evaluators()
+
+    def _evaluators(self) -> tuple[_Part | None, LocalSearch | None]:
+        """What chooses for all experts: one of the two."""
+        if self.shared is None:
+            return _Part(self, np.arange(self.shape[0]), None), None
+        if self.shared.layout is None:
+            return None, LocalSearch(self.shared, self.shared_cost)
+        table = self.table.reshape(-1, *self.shape)
+        groups = Groups.of(self.shared.layout, table, self.shared_cost)
+        return _Part(self, np.flatnonzero(self.shared.free), groups), None
+
+    def set_objective(self, objective: np.ndarray) -> None:
+        """Another one than the loss: float [X * O], or [1] for all alike."""
+        self.table[0] = np.where(self.offered, objective, np.inf)
+        self.all, self.local = self._evaluators()
 
     def choose(self, multipliers: np.ndarray) -> _Point:
         """The best choice when each unit of cost r has the price multipliers[r]."""
         self.evaluations += 1
-        if self.focus is not None:
-            return self.focus.choose(multipliers)
-        values = _values(self.table, multipliers, self.buffers).reshape(self.shape)
-        choice = values.argmin(1)
-        if self.shared is not None:
-            choice = self.shared.choose(values, choice, multipliers)
+        part = self.focus or self.all
+        if part is not None:
+            return part.choose(multipliers)
+        values = priced_values(self.table, multipliers, self.buffers).reshape(self.shape)
+        choice = self.local.choose(values, values.argmin(1), multipliers)
         return self.point(choice, multipliers)
 
     def point(self, choice: np.ndarray, multipliers: np.ndarray) -> _Point:
         totals = self.table.take(self.first + choice, axis=1).sum(1)
         used = totals[1:]
         if self.shared is not None:
-            used = used + self.shared.used(choice)
+            used = used + self.shared_used(choice)
         return _Point(choice, used, float(totals[0]), multipliers.copy())
 
+    def shared_used(self, choice: np.ndarray, rows: np.ndarray | None = None) -> np.ndarray:
+        """float [R]: the shared costs of a choice [X], or of that of some experts alone."""
+        return self.shared_cost[:, self.shared.open(choice, rows)].sum(1)
+
+    def parties(self, rows: np.ndarray) -> int:
+        """How many decide for these experts: each for itself, or its group."""
+        if self.shared is None or self.shared.layout is None:
+            return rows.size
+        group = self.shared.layout.group_of[rows]
+        return int((group < 0).sum()) + np.unique(group[group >= 0]).size
+
     def focus_on(self, rows: np.ndarray, point: _Point) -> None:
-        """From now on only these experts are evaluated, where that pays; the others stay as they are."""
-        before = self.shape[0] if self.focus is None else self.focus.rows.size
-        if 2 * rows.size < before:
-            self.focus = _Focus(self, rows, point)
+        """From now on only these experts, and who shares costs with them, are evaluated, where that pays.
+
+        The others stay as they are: a group that is best at two ends of a range of one multiplier is
+        best in between, since the value of each of its choices is linear in the multiplier.
+        """
+        now = self.focus or self.all
+        if now is None:
+            return
+        groups, plain = now.groups, rows
+        if groups is not None:
+            among = np.zeros(self.shape[0], bool)
+            among[rows] = True
+            groups, plain = groups.only(among), rows[self.shared.free[rows]]
+        part = _Part(self, plain, groups)
+        if 2 * part.size < now.size:
+            self.focus = part.beside(self, point)
 
     def guess(self) -> np.ndarray:
         """Mean slope between everybody's least loss and least cost, shared out among the limits."""
@@ -175,10 +238,14 @@ class _Priced:
             multipliers[r] = max(cheap[0] - best, 0.0) / width / len(self.limits)
         return multipliers
 
-    def solution(self, point: _Point) -> Solution:
+    @property
+    def exact(self) -> bool:
+        """Whether `choose` finds the best choice for its multipliers, and so bounds every other."""
+        return self.local is None
+
+    def solution(self, point: _Point, bound: float = math.nan) -> Solution:
         loss = float(self.loss.reshape(-1)[self.first + point.choice].sum())
-        bound = math.nan
-        if self.shared is None:
+        if math.isnan(bound) and self.exact:
             best = self.choose(point.multipliers)
             bound = best.objective + float(point.multipliers @ (best.used - self.limits))
         return Solution(
@@ -192,102 +259,123 @@ class _Priced:
         )
 
 
-def _values(table: np.ndarray, multipliers: np.ndarray, buffers: np.ndarray) -> np.ndarray:
-    """Loss plus priced costs of every option, in buffers[0]."""
-    values, term = buffers[:, : table.shape[1]]
-    np.copyto(values, table[0])
-    for multiplier, cost in zip(multipliers, table[1:], strict=True):
-        if multiplier:
-            np.multiply(cost, multiplier, out=term)
-            np.add(values, term, out=values)
-    return values
+class _Part:
+    """Some experts, evaluated by themselves, beside others that stay as they are.
 
-
-class _Focus:
-    """Only the experts that choose differently at two ends of a range of one multiplier.
-
-    The others keep their choice: an option that is best at both ends is best in between, since the
-    value of each option is linear in the multiplier.
+    plain: experts that share nothing.  groups: the others, in whole groups.
     """
 
-    def __init__(self, priced: _Priced, rows: np.ndarray, point: _Point):
-        table = priced.table.reshape(-1, *priced.shape)[:, rows]
-        self.rows, self.options = rows, priced.shape[1]
-        self.table = table.reshape(len(table), -1)
-        self.first = np.arange(rows.size) * self.options
+    def __init__(self, priced: _Priced, plain: np.ndarray, groups: Groups | None):
+        self.plain, self.groups, self.options = plain, groups, priced.shape[1]
+        everything = plain.size == priced.shape[0]
+        table = priced.table.reshape(-1, *priced.shape)
+        self.table = priced.table if everything else table[:, plain].reshape(len(table), -1)
+        self.first = np.arange(plain.size) * self.options
         self.buffers = priced.buffers
+        self.choice = np.zeros(priced.shape[0], np.int64)
+        self.rest = np.zeros(len(table))
+
+    @property
+    def size(self) -> int:
+        return self.plain.size + (0 if self.groups is None else self.groups.rows.size)
+
+    def beside(self, priced: _Priced, point: _Point) -> _Part:
+        """Experts that are not here choose as in `point`."""
+        rows = self.plain
+        if self.groups is not None:
+            rows = np.concatenate([rows, self.groups.rows])
+        here = priced.table.take(priced.first[rows] + point.choice[rows], axis=1).sum(1)
+        if self.groups is not None:
+            here[1:] += priced.shared_used(point.choice, self.groups.rows)
         self.choice = point.choice
-        mine = self.table.take(self.first + point.choice[rows], axis=1).sum(1)
-        self.rest = np.append(point.objective, point.used) - mine
+        self.rest = np.append(point.objective, point.used) - here
+        return self
 
     def choose(self, multipliers: np.ndarray) -> _Point:
-        values = _values(self.table, multipliers, self.buffers)
-        chosen = values.reshape(-1, self.options).argmin(1)
-        totals = self.rest + self.table.take(self.first + chosen, axis=1).sum(1)
-        choice = self.choice.copy()
-        choice[self.rows] = chosen
+        choice, totals = self.choice.copy(), self.rest
+        if self.plain.size:
+            values = priced_values(self.table, multipliers, self.buffers)
+            chosen = values.reshape(-1, self.options).argmin(1)
+            totals = totals + self.table.take(self.first + chosen, axis=1).sum(1)
+            choice[self.plain] = chosen
+        if self.groups is not None:
+            choice[self.groups.rows], more = self.groups.choose(multipliers)
+            totals = totals + more
         return _Point(choice, totals[1:], float(totals[0]), multipliers.copy())
 
 
-class _Shared:
-    """Costs that are paid once, by whoever of their users comes first."""
+class _Newton:
+    """Finds multipliers for all limits at once, where there are many experts and the sums are almost smooth.
 
-    def __init__(self, ids: np.ndarray, cost: np.ndarray):
-        self.ids, self.cost = ids, cost  # [X, O, M], [R, S]
-        self.rows = np.flatnonzero((ids >= 0).any((1, 2)))
-        self.row_ids = ids[self.rows]
-        # Where no expert knows two of them, whether one pays does not depend on the others.
-        known = np.where(self.row_ids >= 0, self.row_ids, self.row_ids.max((1, 2), keepdims=True))
-        self.independent = bool((known == known.max((1, 2), keepdims=True)).all())
+    Where losses fall exponentially with what they cost, what is used is linear in the logarithms of the
+    multipliers: Newton's steps there, with differences for the first derivatives and then Broyden's update.
+    """
 
-    @classmethod
-    def of(cls, problem: Problem, shape: tuple, offered: np.ndarray) -> _Shared | None:
-        if problem.shared is None or problem.shared_cost is None:
-            return None
-        ids = np.asarray(problem.shared)
-        cost = np.asarray(problem.shared_cost, np.float64)
-        good = ids.ndim == 3 and ids.shape[:2] == shape and cost.ndim == 2
-        if not good or len(cost) != len(problem.limits) or ids.max() >= cost.shape[1]:
-            raise ValueError(
-                f"solve: expected shared [X, O, M] with ids below S and shared_cost [R, S], got {ids.shape} "
-                f"with ids up to {ids.max()} and {cost.shape}"
-            )
-        ids = np.where(offered[..., None], ids, -1)
-        return cls(ids, cost) if (ids >= 0).any() else None
+    def __init__(self, priced: _Priced, multipliers: np.ndarray):
+        self.priced, self.start = priced, multipliers.astype(np.float64)
+        self.bound = -math.inf  # no choice that meets the limits has a lower objective
+        self.nearest: _Point | None = None
+        self._apart = math.inf  # of `nearest` from the limits, as a share of them
+        self._least = FARTHEST * self.start
 
-    def choose(self, values: np.ndarray, choice: np.ndarray, multipliers: np.ndarray) -> np.ndarray:
-        """The best choice with shared costs, from option values [X, O] and the choice without."""
-        price = multipliers @ self.cost
-        closed = np.zeros(price.size, bool)
-        part, lines = values[self.rows], np.arange(self.rows.size)
-        while True:
-            chosen = part.argmin(1)
-            best = part[lines, chosen]
-            mine = self.row_ids[lines, chosen]  # [rows, M]
-            saved = np.zeros(price.size)
-            for ids in mine.T:
-                users = np.flatnonzero(ids >= 0)
-                without = (self.row_ids[users] == ids[users, None, None]).any(2)
-                other = np.where(without, np.inf, part[users]).min(1)
-                saved += np.bincount(ids[users], other - best[users], minlength=price.size)
-            in_use = np.unique(mine[mine >= 0])
-            waste = in_use[saved[in_use] < price[in_use]]
-            if not waste.size:
-                choice[self.rows] = chosen
-                return choice
-            order = np.argsort(saved[waste] / price[waste], kind="stable")
-            closed[waste[order[: waste.size if self.independent else -(-waste.size // 2)]]] = True
-            banned = (closed[self.row_ids] & (self.row_ids >= 0)).any(2)
-            part = np.where(banned, np.inf, part)
+    def at(self, multipliers: np.ndarray) -> np.ndarray:
+        """float [R], the share of each limit that is used there, less 1."""
+        point, limits = self.priced.choose(multipliers), self.priced.limits
+        over = point.used - limits
+        self.bound = max(self.bound, point.objective + float(multipliers @ over))
+        over, self._last = over / np.maximum(limits, TINY), point
+        if np.abs(over).max() < self._apart:
+            self.nearest, self._apart = point, float(np.abs(over).max())
+        return over
 
-    def used(self, choice: np.ndarray) -> np.ndarray:
-        """float [R]: the shared costs of a choice."""
-        ids = self.open(choice)
-        return self.cost[:, ids].sum(1)
+    def run(self) -> _Point | None:
+        """A point that meets all limits, filled, within CLOSE of the best possible; None: none was found."""
+        now, margin = self.start, 1.0 / self.priced.shape[0]
+        over = self.at(now)
+        slopes = self._differences(now, over)
+        reach = np.full(now.size, REACH)  # of a step in each logarithm
+        before = np.zeros(now.size)
+        for _ in range(MAX_NEWTON):
+            if (over <= 0).all() and (over >= -STEPS_APART * margin).all():
+                filled = _fill(self.priced, self._last)
+                if filled.objective - self.bound <= CLOSE * abs(filled.objective):
+                    return filled
+            step = _newton_step(slopes, over + margin)
+            far = np.abs(step) > reach
+            step = np.clip(step, -reach, reach)
+            # On and on in one direction: it may be far.
+            turned = step * before < 0
+            reach = np.where(turned, np.maximum(0.5 * reach, 0.5 * REACH), reach)
+            reach = np.where(far & ~turned, 2.0 * reach, reach)
+            now, before = now * np.exp(np.minimum(step, MOST_REACH)), step
+            if not ((now > self._least) & np.isfinite(now)).all():
+                break
+            last, over = over, self.at(now)
+            if far.any():
+                slopes = self._differences(now, over)
+            elif np.abs(step).max() > SMOOTH:
+                slopes += np.outer(over - last - slopes @ step, step) / float(step @ step)
+            if np.abs(over).max() < STEPS_APART * margin:
+                margin *= WIDER  # between the steps of the sums there is no way to be this near
+        return None
 
-    def open(self, choice: np.ndarray) -> np.ndarray:
-        ids = np.unique(self.ids[np.arange(choice.size), choice])
-        return ids[ids >= 0]
+    def _differences(self, now: np.ndarray, over: np.ndarray) -> np.ndarray:
+        """float [R, R]: what a logarithm of a multiplier changes."""
+        slopes = np.empty((now.size, now.size))
+        for r in range(now.size):
+            ahead = now.copy()
+            ahead[r] *= AHEAD
+            slopes[:, r] = (self.at(ahead) - over) / math.log(AHEAD)
+        return slopes
+
+
+def _newton_step(slopes: np.ndarray, over: np.ndarray) -> np.ndarray:
+    """float [R], infinite where what is used does not depend on the multiplier: whichever way it must go."""
+    step = np.sign(over) * np.inf
+    steep = np.flatnonzero(np.diag(slopes) < -FLAT)
+    inside = slopes[np.ix_(steep, steep)]
+    step[steep] = np.linalg.lstsq(inside, -over[steep], rcond=1e-6)[0]
+    return step
 
 
 class _Search:
@@ -352,9 +440,9 @@ class _Search:
                 break
             if below is not None:
                 rows = np.flatnonzero(below.choice != best.choice)
-                if rows.size <= 1 + r:
+                if self.priced.parties(rows) <= 1 + r:
                     break  # the fill decides about these
-                if r == 0 and self.priced.shared is None:
+                if r == 0:
                     self.priced.focus_on(rows, best)
             share = 0.5
             if step % 3 and below is not None and below.used[r] > limit > best.used[r]:
@@ -374,43 +462,67 @@ class _Search:
         return best
 
 
+def _allowed(priced: _Priced, point: _Point) -> np.ndarray:
+    """bool [X, O]: options that are offered and open no shared cost: what is paid for is open to all."""
+    allowed = priced.offered.reshape(priced.shape)
+    if priced.shared is not None:
+        is_open = np.zeros(priced.shared.count + 1, bool)
+        is_open[priced.shared.open(point.choice)] = True
+        is_open[-1] = True  # where id -1 looks
+        allowed = allowed & is_open[priced.shared.ids].all(2)
+    return allowed
+
+
+def _shared_of(problem: Problem, shape: tuple) -> tuple[Sharing | None, np.ndarray | None]:
+    if problem.shared is None or problem.shared_cost is None:
+        return None, None
+    sharing = problem.shared if isinstance(problem.shared, Sharing) else Sharing(problem.shared)
+    ids, cost = sharing.ids, np.asarray(problem.shared_cost, np.float64)
+    good = ids.ndim == 3 and ids.shape[:2] == shape and cost.ndim == 2
+    if not good or len(cost) != len(problem.limits) or sharing.count > cost.shape[1]:
+        raise ValueError(
+            f"solve: expected shared [X, O, M] with ids below S and shared_cost [R, S], got {ids.shape} "
+            f"with ids up to {ids.max()} and {cost.shape}"
+        )
+    return (sharing, cost[:, : sharing.count]) if sharing.rows.size else (None, None)
+
+
 def _fill(priced: _Priced, point: _Point) -> _Point:
     """Spends what is left over: in each round every expert's steepest edge that fits, best first."""
     table, limits = priced.table.reshape(-1, *priced.shape), priced.limits
-    allowed = np.isfinite(table[0])
-    if priced.shared is not None:
-        # What is paid for is open to all; nothing else is opened here.
-        is_open = np.zeros(priced.shared.cost.shape[1] + 1, bool)
-        is_open[priced.shared.open(point.choice)] = True
-        is_open[-1] = True  # where id -1 looks
-        allowed &= is_open[priced.shared.ids].all(2)
+    allowed = _allowed(priced, point)
     # A limit that binds nobody yet has multiplier 0, but filling it is not free.
     least = 1e-6 * abs(point.objective) / np.maximum(limits, TINY)
     weights = np.maximum(np.maximum(point.multipliers, least), TINY)
     choice, used = point.choice.copy(), point.used
     rows = _may_improve(priced, point, allowed)
+    part, may = table[:, rows], allowed[rows]  # of experts that may still improve
     for _ in range(MAX_FILLS):
         slack = limits - used
-        now = table[:, rows, choice[rows]]  # [1 + R, rows]
-        gain = now[0][:, None] - table[0][rows]
-        fits = allowed[rows] & (gain > 0)
+        now = part[:, np.arange(rows.size), choice[rows]]  # [1 + R, rows]
+        gain = now[0][:, None] - part[0]
+        fits = may & (gain > 0)
         price = np.zeros(fits.shape)
         for r in range(len(limits)):
-            more = table[1 + r][rows] - now[1 + r][:, None]
+            more = part[1 + r] - now[1 + r][:, None]
             fits &= more <= slack[r]
             price += weights[r] * np.maximum(more, 0.0)
         # What no longer fits will not fit later.
         kept = fits.any(1)
         if not kept.any():
             break
-        rows, now = rows[kept], now[:, kept]
+        rows, now, part, may = rows[kept], now[:, kept], part[:, kept], may[kept]
         slope = np.where(fits[kept], gain[kept] / np.maximum(price[kept], TINY), -1.0)
         option = slope.argmax(1)
         order = np.argsort(-slope.max(1), kind="stable")
-        step = table[1:, rows[order], option[order]] - now[1:, order]
+        step = part[1:, order, option[order]] - now[1:, order]
         over = (np.cumsum(np.maximum(step, 0.0), axis=1) > slack[:, None]).any(0)
-        taken = order[: int(over.argmax()) if over.any() else order.size]
-        choice[rows[taken]] = option[taken]
+        count = int(over.argmax()) if over.any() else order.size
+        choice[rows[order[:count]]] = option[order[:count]]
+        if rows.size > FEW_LEFT and count < rows.size // 8:
+            # Little is left: of these the best will take it.
+            order = order[: max(rows.size // 4, FEW_LEFT)]
+            rows, part, may = rows[order], part[:, order], may[order]
         used = priced.point(choice, point.multipliers).used
     return priced.point(choice, point.multipliers)
 
@@ -440,11 +552,11 @@ def _feasible_point(problem: Problem, priced: _Priced) -> _Point:
         search.scale[:] = 1.0 / np.maximum(costs_only.table[1:].max(1), TINY)
         search.now[r] = search.scale[r]
         # The last step towards the least cost is a fill, as in `solve`, with that cost for the loss.
-        costs_only.table[0] = costs_only.table[1 + r] + np.where(costs_only.offered, 0.0, np.inf)
+        costs_only.set_objective(costs_only.table[1 + r])
         costs_only.limits[r:] = np.inf
         point = _fill(costs_only, search.settle(r - 1))
         costs_only.limits[:] = priced.limits
-        costs_only.table[0] = np.where(costs_only.offered, 0.0, np.inf)
+        costs_only.set_objective(np.zeros(1))
         if point.used[r] > limit:
             least = float(point.used[r])
             limits = priced.limits.copy()

@@ -181,9 +181,10 @@ class Records:
         owners = np.zeros(len(self._bytes), np.int64)
         for ids in self._ids:
             owners += np.bincount(ids[ids >= 0], minlength=len(owners))
-        # Bits per weight of each expert at each level; of a shared record its share.
+        # float64 [E, levels] of each layer: bits per weight, parameters included, and of a shared record
+        # its share.
         share = self._bytes / np.maximum(owners, 1)
-        self._bits = [
+        self.bits = [
             8.0 * np.where(ids >= 0, share[ids], 0) @ self._needs.T.astype(np.float64) / weights
             for ids, weights in zip(self._ids, self._weights, strict=True)
         ]
@@ -222,10 +223,6 @@ class Records:
     def exact_bytes(self) -> int:
         """bf16 bytes of all routed experts: what "bytes kept" is a fraction of."""
         return 2 * self._all_weights
-
-    def bits(self, layer_idx: int, experts: np.ndarray, levels: np.ndarray) -> np.ndarray:
-        """float [n]: bits per weight of experts at levels, parameters and shares of bases included."""
-        return self._bits[layer_idx][experts, levels]
 
 
 def kernel_levels(levels: Levels) -> np.ndarray:

@@ -46,12 +46,14 @@ def forward_unpacked(
     index: torch.Tensor,
     weights: torch.Tensor,
     used: np.ndarray,
-    ahead: np.ndarray,
+    ahead: _C.AheadList,
+    low: np.ndarray | None = None,
 ) -> torch.Tensor:
     """Weighted sum of the chosen experts, expert by expert as they become resident.
 
     hidden [T, H]; index int64 [T, K], indices outside [0, E) count as no expert; weights [T, K] of any float dtype.
-    used: uint8 [E], set to the level used + 1.  ahead: records to read while this layer computes.
+    used: uint8 [E], set to the level used + 1.  ahead: what to read while this layer computes.
+    low: uint8 [E], levels to start at; None: the planned ones.
 
     Experts arrive in the order the disk delivers them, so sums are kept in float64: with K terms of
     24 bits each the order then does not show, and equal inputs give equal outputs.
@@ -65,7 +67,7 @@ def forward_unpacked(
     flat_weights = weights.reshape(-1)
     workspace = Workspace()
     at_once = rows_at_once(spec, hidden.element_size())
-    session = op.session(layer_idx, experts, ahead)
+    session = op.session(layer_idx, experts, ahead, low)
     try:
         while (ready := session.next()) is not None:
             for need, level in ready:

@@ -18,12 +18,13 @@ from comoe.policy.curve import Curve, CurvePlanner
 from comoe.policy.goal import parse_quality
 from comoe.policy.joint import GoalError, JointPlanner, Situation
 from comoe.policy.misses import MissRule
-from comoe.policy.next_use import NextUse
 from comoe.policy.plan import EvenPlanner, Plan, Planner, Sizes
 from comoe.policy.predictor import NoPredictor, Predictor, PrefetchGauge
+from comoe.policy.prefetch_gauge import TimedGauge
 from comoe.policy.snapshot import Snapshot
 from comoe.policy.upgrades import RecentUse, UpgradePolicy
 from comoe.runtime.budget import EXPERT_ROWS, LONG_STEP, Budget, ModelSizes, Step
+from comoe.runtime.elsewhere import ExpertsElsewhere
 from comoe.runtime.engine import (
     Records,
     RecordTable,
@@ -36,12 +37,16 @@ from comoe.runtime.engine import (
 )
 from comoe.runtime.kept import Kept
 from comoe.runtime.live import Live
-from comoe.runtime.missing import MissHandler
+from comoe.runtime.missing import MissHandler, native_rule
+from comoe.runtime.network import Network, best_link
 from comoe.runtime.prefill import forward_unpacked
 from comoe.runtime.reader_core import ReaderCore
 from comoe.runtime.remote import FETCH_BYTES, Remote
 from comoe.runtime.spec import ExpertsSpec
 from comoe.store import Store
+from comoe.store.identity import store_id
+from comoe.tiers.expert_client import ExpertClient
+from comoe.tiers.expert_token import read_token
 from comoe.tiers.remote_store import RemoteStore
 from comoe_kernels.expert_ffn import prefill_rows
 from comoe_kernels.threads import use_own_threads
@@ -51,11 +56,13 @@ PREFETCH, UPGRADE = 1, 2  # classes of transfers
 ABSENT, RESIDENT = 0, 2  # states of a record
 SCRATCH_BYTES = 1_000_000  # of the kernels; disk reads go straight into the pool's pages
 RECORD_BYTES = 400  # the engine's tables, per record
-UPGRADE_EVERY = 8  # steps between choices of experts that climb
+UPGRADE_EVERY = 16  # steps between choices of experts that climb; one takes 0.6 ms
 FOLLOW_EVERY = 64  # steps between plans for what the text uses
 PLANNING_SHARE = 0.01  # of the time that planning for the text may take
 KEPT_FREE = 0.01  # share of the machine's memory that is left to others
+NATIVE_GATE_TOKENS = 8  # more are a product for torch
 GIVING_UP = 5  # times that a layer is computed anew because what it waited for did not come
+_NONE = np.empty(0, np.int64)
 CALM_STEPS = 8  # steps without pressure before the pool takes back what it lent
 
 
@@ -67,9 +74,18 @@ def joint_planner(store: Store, sizes: Sizes, experts_per_token: int) -> JointPl
     return JointPlanner(losses["loss"], losses["use"], losses["floor"])
 
 
-def planner_of(store: Store, sizes: Sizes, config: CoMoEConfig, experts_per_token: int) -> Planner:
-    """For a goal the joint planner; else by the measured curve of an aggregated store, or all alike."""
-    if config.quality is not None or config.latency is not None:
+def planner_of(
+    store: Store,
+    sizes: Sizes,
+    config: CoMoEConfig,
+    experts_per_token: int,
+    *,
+    network: bool = False,
+) -> Planner:
+    """For a goal, and where misses are decided by their cost (network), the joint planner; else by the
+    measured curve of an aggregated store, or all alike."""
+    by_cost = network and not config.exact
+    if by_cost or config.quality is not None or config.latency is not None:
         return joint_planner(store, sizes, experts_per_token)
     losses = store.losses()
     if losses is None:
@@ -102,7 +118,8 @@ class Runtime:
         self.store, self.specs, self.config = store, specs, config
         self.predictor = predictor or NoPredictor()
         self.upgrades = upgrades or RecentUse([spec.num_experts for spec in specs])
-        self.gauge = PrefetchGauge()
+        self.gauge: PrefetchGauge = TimedGauge()
+        self._step_began: float | None = None  # of a step whose time the gauge is told
         self._rule: MissRule | None = None
         self._experts_per_token = experts_per_token
         self._rising: np.ndarray | None = (
@@ -127,7 +144,10 @@ class Runtime:
 
         table = RecordTable(store)
         self.store_sizes = store_sizes(store, table)
-        self.planner = planner or planner_of(store, self.store_sizes, config, experts_per_token)
+        network = remote is not None or config.expert_server is not None
+        self.planner = planner or planner_of(
+            store, self.store_sizes, config, experts_per_token, network=network
+        )
         least = self.planner.least(self.store_sizes, exact=config.exact)
         largest = self.store_sizes.largest(least)
         in_full = self.store_sizes.total(store.levels.exact)
@@ -141,6 +161,8 @@ class Runtime:
             min(planned, in_full + floor), largest, floor, store.page_bytes
         )
         self.live = Live(self.store_sizes, specs, sizes.dense, self._budget_pool())
+        if remote is not None:
+            self.live.network = lambda: best_link(remote.sources.links)
         self.controller = self._controller()
         self.plan = self.controller.plan
         self.engine, first = open_engine(
@@ -153,24 +175,40 @@ class Runtime:
             verify=config.verify or remote is not None,
             remote=remote is not None,
         )
+        self.network = None
+        if network and not config.exact:
+            links = None if remote is None else remote.sources.links
+            self.network = Network(self.engine, self.store_sizes, links, self._elsewhere())
+        # In force beside the plan; None: nothing is missing.
+        self._network_rule: MissRule | None = None
         self.records = Records(store, table)
         self.missing = MissHandler(self.engine, self.store_sizes)
         self.remote = remote and Remote(
             self.engine, remote, table, self.store_sizes, self.missing, least, config.exact
         )
-        self.kept = Kept(self.engine, cache or NextUse(self.store_sizes.num_experts), table.ids)
         self._op = _C.MoeOp(self.engine, list(store.levels.masks))
         for layer_idx, (spec, layer) in enumerate(zip(specs, store.layers, strict=True)):
             activation = spec.activation or "silu"
             ids = table.ids[layer_idx]
             add_layer(self._op, layer, ids, first[layer_idx], activation, spec.alpha, spec.limit)
-        self._used = [np.zeros(spec.num_experts, np.uint8) for spec in specs]
+        self._policy = _C.MoePolicy(self.engine, self._op, cache is None, self.live.profile.decay)
+        self.kept = Kept(self.engine, cache or self._policy, table.ids)
+        for layer_idx, bits in enumerate(self.records.bits):
+            self._policy.set_bits(layer_idx, bits)
+        ends = np.cumsum([spec.num_experts for spec in specs])
+        self._used = np.split(self._policy.used(), ends[:-1])  # views: level used + 1 in this step
         self._kernel_levels = kernel_levels(store.levels)
-        self._uses, self._bits_used = 0, 0.0
-        self._predicted: dict[
-            int, tuple[int, np.ndarray]
-        ] = {}  # by layer: seen from where, experts
         self._install(self.plan)
+        if self.network is not None and not self._rule:
+            least = self.planner.least(self.store_sizes, exact=False)
+            self.network.wait_for(self.store_sizes.chosen(least), self.plan.pool_bytes)
+
+    def _elsewhere(self) -> ExpertsElsewhere | None:
+        """The machine of config.expert_server."""
+        if self.config.expert_server is None:
+            return None
+        client = ExpertClient(self.config.expert_server, read_token(self.config.expert_token_file))
+        return ExpertsElsewhere(client, store_id(self.store), self.specs, self.store.levels)
 
     # ---- computing ------------------------------------------------------------------------------
 
@@ -191,8 +229,7 @@ class Runtime:
             raise RuntimeError(
                 "experts_forward: this model's experts were closed; load the model again to use it"
             )
-        spec = self.specs[layer_idx]
-        tokens = top_k_index.shape[0]
+        tokens = len(top_k_index)
         # An encoder runs before its model's own pass begins.
         per_layer = max(self._per_layer, tokens * self.budget.sizes.activations_per_token)
         if per_layer >= LONG_STEP:
@@ -206,14 +243,20 @@ class Runtime:
         if hidden.stride(-1) != 1:
             hidden = hidden.contiguous()
         index = top_k_index.to(torch.int64).contiguous()
-        ahead = self._predict(layer_idx, hidden)
-        index = self._face_misses(layer_idx, index, top_k_weights)
-        used = np.zeros(spec.num_experts, np.uint8)
+        local, low, sent = self._face_misses(layer_idx, index, top_k_weights)
+        call = None
+        if sent.size:
+            call = self.network.away.send(layer_idx, hidden, index, top_k_weights, sent)
         if self.remote is None or self.config.exact:
-            out = self._compute(layer_idx, hidden, index, top_k_weights, used, ahead)
+            out = self._compute(layer_idx, hidden, local, top_k_weights, low)
         else:
-            out = self._compute_from_afar(layer_idx, hidden, index, top_k_weights, used, ahead)
-        self._note_used(layer_idx, used)
+            out = self._compute_from_afar(layer_idx, hidden, local, top_k_weights, low)
+        if call is not None:
+            other = self.network.away.result(call, tokens)
+            if other is None:
+                out += self._compute_here(layer_idx, hidden, index, top_k_weights, sent)
+            else:
+                out = (out.float() + other).to(out.dtype)
         return out
 
     def _compute_from_afar(
@@ -221,28 +264,42 @@ class Runtime:
         layer_idx: int,
         hidden: torch.Tensor,
         index: torch.Tensor,
-        weights: torch.Tensor,
-        used: np.ndarray,
-        ahead: np.ndarray,
+        top_k_weights: torch.Tensor,
+        low: np.ndarray | None,
     ) -> torch.Tensor:
         """As `_compute`, without waiting for what cannot come in time."""
-        low, want = self._low[layer_idx], self._want_level[layer_idx]
-        rule = self._rule is not None
+        want = self._want_level[layer_idx]
+        rule = low is not None
+        low = self._low[layer_idx] if low is None else low
         for left in reversed(range(GIVING_UP)):
             faced = self.remote.face(layer_idx, index.numpy(), low, want, rule=rule)
             if faced is None:
-                return self._compute(layer_idx, hidden, index, weights, used, ahead)
-            self._op.set_levels(layer_idx, faced[1], want)
+                return self._compute(layer_idx, hidden, index, top_k_weights, low)
             try:
                 with self.remote.waiting(faced[2]):
                     chosen = torch.from_numpy(faced[0])
-                    return self._compute(layer_idx, hidden, chosen, weights, used, ahead)
+                    return self._compute(layer_idx, hidden, chosen, top_k_weights, faced[1])
             except OSError as error:
                 if not left or not self.remote.gave_up(error):
                     raise
+                self.network.late()
                 rule = False
-            finally:
-                self._op.set_levels(layer_idx, low, want)
+
+    def _compute_here(
+        self,
+        layer_idx: int,
+        hidden: torch.Tensor,
+        index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+        only: np.ndarray,
+    ) -> torch.Tensor:
+        """Of experts `only` int64 [n], with nothing but what is here."""
+        want = self._want_level[layer_idx]
+        found, low = self.missing.without_waiting(layer_idx, index.numpy(), only, want)
+        index = torch.from_numpy(found)
+        if self.remote is None:
+            return self._compute(layer_idx, hidden, index, top_k_weights, low)
+        return self._compute_from_afar(layer_idx, hidden, index, top_k_weights, low)
 
     def _compute(
         self,
@@ -250,82 +307,91 @@ class Runtime:
         hidden: torch.Tensor,
         index: torch.Tensor,
         top_k_weights: torch.Tensor,
-        used: np.ndarray,
-        ahead: np.ndarray,
+        low: np.ndarray | None,
     ) -> torch.Tensor:
-        """Weighted sum of the chosen experts at the levels that are set; `used` uint8 [E] becomes level + 1."""
+        """On this machine. low: uint8 [E] where compute may start; None: as the plan's rule decides."""
         spec = self.specs[layer_idx]
         tokens, k = index.shape
+        weights = top_k_weights.to(torch.float32).contiguous()
+        routing = (index.data_ptr(), weights.data_ptr(), tokens, k)
+        guesses = self._guess(layer_idx, hidden)
         rows = tokens * k / min(spec.num_experts, max(tokens * k, 1))
         part = max(EXPERT_ROWS // (4 * k * (spec.hidden + spec.intermediate)), 1)
         # Parts would read missing experts again, so there all tokens go through one expert at a time.
         at_once = tokens <= part or self.plan.resident
         if spec.runs_in_torch or rows >= self._prefill_rows[layer_idx] or not at_once:
-            out = forward_unpacked(
-                self._op, layer_idx, spec, hidden, index, top_k_weights, used, ahead
-            )
-        else:
-            weights = top_k_weights.to(torch.float32).contiguous()
-            rounds = hidden.dtype != torch.float32 and top_k_weights.dtype == hidden.dtype
-            out = torch.empty((tokens, spec.hidden), dtype=hidden.dtype)
-            for i in range(0, tokens, part):
-                self._op.forward(
-                    layer_idx,
-                    hidden[i:].data_ptr(),
-                    DTYPES[hidden.dtype],
-                    hidden.stride(0),
-                    index[i:].data_ptr(),
-                    weights[i:].data_ptr(),
-                    min(part, tokens - i),
-                    k,
-                    out[i:].data_ptr(),
-                    rounds,
-                    used,
-                    ahead,
+            self._policy.note_routing(layer_idx, *routing)
+            if low is None:
+                decided = self._policy.decide(layer_idx, *routing)
+                index, low = (
+                    (torch.from_numpy(decided[0]), decided[1]) if decided else (index, None)
                 )
+            if any(gate for _, _, gate in guesses):
+                guesses = self._predict(layer_idx, hidden)
+            ahead = self._policy.read_ahead(layer_idx, guesses)
+            used = np.zeros(spec.num_experts, np.uint8)
+            out = forward_unpacked(
+                self._op, layer_idx, spec, hidden, index, top_k_weights, used, ahead, low
+            )
+            self._policy.ran(layer_idx, used)
+        else:
+            out = torch.empty((tokens, spec.hidden), dtype=hidden.dtype)
+            self._policy.step(
+                self._op,
+                layer_idx,
+                hidden.data_ptr(),
+                DTYPES[hidden.dtype],
+                hidden.stride(0),
+                index.data_ptr(),
+                weights.data_ptr(),
+                tokens,
+                k,
+                out.data_ptr(),
+                hidden.dtype != torch.float32 and top_k_weights.dtype == hidden.dtype,
+                part,
+                low,
+                guesses,
+            )
+        if self.kept.watches and not self.plan.resident:
+            self.kept.note(layer_idx, self._used[layer_idx])
         return out
 
     def _face_misses(
         self, layer_idx: int, index: torch.Tensor, weights: torch.Tensor
-    ) -> torch.Tensor:
-        """The indices to compute, once the rule has decided what not to wait for."""
-        if not self._follows:
-            return index
-        gates = weights.detach().to(torch.float32).numpy()
-        self.live.profile.note(layer_idx, index.numpy(), gates)
-        if self._rule is None:
-            return index
+    ) -> tuple[torch.Tensor, np.ndarray | None, np.ndarray]:
+        """The indices to compute here, the levels to start at, and the experts that another machine computes, if
+        a rule in Python decides what not to wait for; else all of them, None and none."""
+        rule = self._network_rule
+        if self._rule is not None:
+            rule = None if self.plan.resident else self._rule
+        if rule is None:
+            return index, None, _NONE
         low, want = self._min_level[layer_idx], self._want_level[layer_idx]
-        decided = self.missing.decide(self._rule, layer_idx, index.numpy(), gates, low, want)
-        if decided is not None:
-            index, low = torch.from_numpy(decided[0]), decided[1]
-        self._op.set_levels(layer_idx, low, want)
-        self._low[layer_idx] = low
-        return index
+        gates = weights.detach().to(torch.float32).numpy()
+        decided = self.missing.decide(rule, layer_idx, index.numpy(), gates, low, want)
+        if decided is None:
+            return index, low, _NONE
+        return torch.from_numpy(decided[0]), decided[1], decided[2]
 
-    def _predict(self, layer_idx: int, hidden: torch.Tensor) -> np.ndarray:
-        """Records to read ahead while this layer computes: int32, most wanted first."""
-        if self.plan.resident or not self.gauge.useful:
-            return np.empty(0, np.int32)
-        ahead = []
+    def _guess(self, layer_idx: int, hidden: torch.Tensor) -> list[tuple]:
+        """What to read ahead while this layer computes: (later layer, its likely experts, None), or its
+        gate for the native half to ask: (later layer, None, gate)."""
+        last = layer_idx + 1 == len(self.specs)
+        if last or self.plan.resident or not self.gauge.useful:
+            return []
+        if len(hidden) <= NATIVE_GATE_TOKENS and not self.kept.watches:
+            gates = self.predictor.linear_gates(layer_idx)
+            if gates:
+                return [(later, None, gate) for later, gate in gates]
+        return self._predict(layer_idx, hidden)
+
+    def _predict(self, layer_idx: int, hidden: torch.Tensor) -> list[tuple]:
+        guesses = []
         for later, experts in self.predictor.predict(layer_idx, hidden):
-            self._predicted[later] = (layer_idx, experts)
-            self.kept.predicted(later, later - layer_idx, experts)
-            ahead.append(self.records.of(later, experts, self._min_level[later][experts]))
-        return np.concatenate(ahead) if ahead else np.empty(0, np.int32)
-
-    def _note_used(self, layer_idx: int, used: np.ndarray) -> None:
-        np.maximum(self._used[layer_idx], used, out=self._used[layer_idx])
-        experts = np.flatnonzero(used)
-        self._uses += experts.size
-        self._bits_used += self.records.bits(layer_idx, experts, used[experts] - 1).sum()
-        predicted = self._predicted.pop(layer_idx, None)
-        if predicted is not None:
-            since, guess = predicted
-            self.gauge.note(guess, experts)
-            self.kept.judge(layer_idx, layer_idx - since, guess, experts)
-        if not self.plan.resident:
-            self.kept.note(layer_idx, experts, used[experts].astype(np.int64) - 1)
+            if self.kept.watches:
+                self.kept.predicted(layer_idx, later, experts)
+            guesses.append((later, np.asarray(experts, np.int64), None))
+        return guesses
 
     @property
     def _follows(self) -> bool:
@@ -370,10 +436,15 @@ class Runtime:
                 self._ask_for_plan()
             if not self.plan.resident:
                 self._reader_core.begin(step.batch * step.tokens, engine["wait_seconds"])
+            alike = step.tokens == 1 and not self.plan.resident
+            self._step_began = time.perf_counter() if alike else None
 
     def end_step(self) -> None:
         """Called after every forward pass, also one that failed."""
         self._reader_core.end()
+        if self._step_began is not None:
+            self.gauge.note_seconds(time.perf_counter() - self._step_began)
+            self._step_began = None
 
     def set_memory(self, size: str | int) -> str:
         """Changes the budget of a running model; returns the new plan in one line.
@@ -414,6 +485,14 @@ class Runtime:
     def set_latency_target(self, seconds: float | None) -> str:
         """Changes how long a token should take at most; None: no target. As set_quality."""
         return self._set_goal(lambda: self.controller.set_latency_target(seconds))
+
+    def set_miss_rule(self, rule: MissRule | None) -> None:
+        """Who decides what not to wait for, from now on: a rule of comoe.policy.misses; None: the plan."""
+        if self.config.exact and rule is not None:
+            raise ValueError("exact weights are always waited for; load the model without exact")
+        with self._lock:
+            self._rule = rule
+            self._set_rule()
 
     def _set_goal(self, change: Callable[[], object]) -> str:
         if self.config.exact:
@@ -472,17 +551,50 @@ class Runtime:
         if snapshot is not self._snapshot:
             self._snapshot = snapshot
             decision = self.controller.observe(snapshot, self.engine.stats()["mapped_bytes"])
-        if self._follows and self._step % FOLLOW_EVERY == 0 and self.live.profile.seen:
+        if self.network is not None:
+            decision = self._watch_path(snapshot) or decision
+        if self._follows and self._step % FOLLOW_EVERY == 0 and self._step:
             decision = self._follow_text() or decision
         if decision is not None:
             lent = decision.before is not None and self.plan.pool_bytes < decision.before.pool_bytes
             most = self.plan.pool_bytes if lent else decision.after.pool_bytes
             self._install(self._plan_for(min(most, decision.after.pool_bytes)))
 
+    def _watch_path(self, snapshot: Snapshot) -> Decision | None:
+        """Follows the network: another path asks for another plan, and for the most valuable first."""
+        reason = self.network.look()
+        complete = self.plan.resident and self._has(self._base)
+        self._network_rule = None if complete or self._rule is not None else self.network.rule
+        if reason is None:
+            return None
+        if not complete and self._follows:
+            self.engine.cancel(UPGRADE)
+            self._ask_for_plan()
+        return self.controller.path_changed(snapshot, reason)
+
+    def _ask_for_plan(self) -> None:
+        """Asks for what the plan holds and what it aims at: from afar the most valuable increments first."""
+        if self.network is None or not self._follows:
+            aimed = self.store_sizes.chosen(self.plan.min_level)
+            self.engine.request(self.records.in_order(self._base), UPGRADE)
+            self.engine.request(self.records.in_order(aimed & ~self._base), UPGRADE)
+            return
+        before = np.maximum(self.planner.use, 1e-9)
+        scale = np.clip(self.live.profile.use() / before, 0.1, 10.0)
+        levels = self.plan.min_level.astype(np.int64)
+        ids = self.network.order(self.planner.loss, scale, levels)
+        held = self._base[ids]
+        self.engine.request(ids[held], UPGRADE)
+        self.engine.request(ids[~held], UPGRADE)
+
+    def _know_text(self) -> None:
+        self.live.profile.know(*self._policy.profile())
+
     def _follow_text(self) -> Decision | None:
         begin = time.perf_counter()
         if begin < self._follow_at:
             return None
+        self._know_text()
         decision = self.controller.follow(self.live.profile.use())
         end = time.perf_counter()
         self._follow_at = end + (end - begin) / PLANNING_SHARE
@@ -548,18 +660,24 @@ class Runtime:
         self._base = base
         self.engine.forget_largest_need()
         self.engine.set_budget(plan.pool_bytes)
+        # Then, until the cache knows better, whatever fits of what the plan aims at.
         self._ask_for_plan()
         if self.remote is not None:
             self.remote.note_plan(base, aimed, self.live.profile.use())
-        self._rule = None
-        if isinstance(self.planner, JointPlanner):
-            self._rule = self.live.rule(plan, self.planner.loss, self.planner.use)
+        self._set_rule()
 
-    def _ask_for_plan(self) -> None:
-        """Then, until the cache knows better, whatever fits of what the plan aims at."""
-        aimed = self._base | self.store_sizes.chosen(self.plan.min_level)
-        self.engine.request(self.records.in_order(self._base), UPGRADE)
-        self.engine.request(self.records.in_order(aimed & ~self._base), UPGRADE)
+    def _set_rule(self) -> None:
+        """What the plan in force says about misses, unless somebody else's rule decides."""
+        rule = None
+        if self._follows and self._rule is None:
+            self._know_text()
+            tables = (self.plan, self.planner.loss, self.planner.use)
+            if self.network is None:
+                rule = self.live.rule(*tables)
+            else:
+                self._network_rule = self.network.new_rule(self.live, *tables)
+        reads = not self.plan.resident
+        self._policy.set_plan(reads, rule and native_rule(rule), self._follows)
 
     def _set_values(self, base: np.ndarray) -> None:
         """Where all is held, what is above the plan gets its value from `upgrades`; else from the cache."""
@@ -592,7 +710,10 @@ class Runtime:
             return
         missing = self._base & (self.engine.resident() == ABSENT)
         if missing.any():
-            self.engine.request(self.records.in_order(missing), UPGRADE)
+            if self.network is None:
+                self.engine.request(self.records.in_order(missing), UPGRADE)
+            else:
+                self._ask_for_plan()
         for layer_idx, experts, values in self.upgrades.choose():
             low, high = (level[layer_idx][experts] for level in (self._min_level, self._want_level))
             ids, which = self.records.above(layer_idx, experts, low, high)
@@ -622,7 +743,7 @@ class Runtime:
 
     def stats(self) -> dict:
         """Figures so far; sizes in bytes, times in seconds."""
-        engine = self.engine.stats()
+        engine, policy = self.engine.stats(), self._policy.counters()
         return {
             "memory": self.budget.memory,
             "baseline": self.budget.baseline,
@@ -630,15 +751,29 @@ class Runtime:
             "dense_bytes": self.budget.sizes.dense,
             "expert_bytes": int(self.records.payload_bytes(self.engine.resident() == RESIDENT)),
             "expert_bytes_exact": self.records.exact_bytes(),
-            "bits_per_weight": float(self._bits_used / max(self._uses, 1)),
+            "bits_per_weight": policy["bits"] / max(policy["uses"], 1),
             "bytes_read": self._bytes_read(engine),
             # Computed without waiting, at the level wanted or a coarser one that the plan allows.
             "hits": engine["hits"] + engine["partial_hits"],
             "misses": engine["misses"],
-            "prefetch": self.gauge.stats(),
+            "prefetch": {
+                **self.gauge.stats(),
+                "recall": policy["guessed_used"] / max(policy["used"], 1),
+                "precision": policy["guessed_used"] / max(policy["guessed"], 1),
+            },
+            # Experts of which something was missing, by what was decided about them.
+            "decided": {
+                name: policy[name] + getattr(self.missing, name)
+                for name in ("waited", "coarser", "skipped")
+            }
+            | {"sent": self.missing.sent},
             "plan": self.plan.describe(),
             "engine": engine,
-        } | ({} if self.remote is None else {"remote": self.remote.stats()})
+        } | {
+            name: part.stats()
+            for name, part in (("remote", self.remote), ("network", self.network))
+            if part is not None
+        }
 
     def _bytes_read(self, engine: dict) -> dict[str, int]:
         if self.remote is None:
@@ -657,6 +792,8 @@ class Runtime:
                 self._closed = True
                 self._keep_freed(True)
                 self.engine.close()
+                if self.network is not None:
+                    self.network.close()
                 if self.remote is not None:
                     self.remote.close()
                 if self._on_close:

@@ -7,5 +7,6 @@ PYBIND11_MODULE(_C, m) {
   comoe::bind_engine(m);
   comoe::bind_cpu(m);
   comoe::bind_moe(m);
+  comoe::bind_policy(m);
   comoe::bind_device(m);
 }

@@ -1,6 +1,8 @@
 // The MoE operator. Tensors come as addresses, since torch's bf16 has no numpy type; comoe/runtime
 // checks them.
 #include <algorithm>
+#include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -66,8 +68,7 @@ static int add_layer(MoeOp& op, const ExpertGeometry& geometry, const std::strin
 
 static void set_levels(MoeOp& op, int layer_idx, const Table<uint8_t>& min_levels,
                        const Table<uint8_t>& want_levels) {
-  MoeLayer& layer = op.layer(layer_idx);
-  const auto E = static_cast<py::ssize_t>(layer.min_level.size());
+  const auto E = static_cast<py::ssize_t>(op.layer(layer_idx).num_experts());
   if (min_levels.ndim() != 1 || min_levels.size() != E || want_levels.ndim() != 1 ||
       want_levels.size() != E)
     throw std::invalid_argument("MoeOp.set_levels: expected one level per expert (" +
@@ -76,33 +77,44 @@ static void set_levels(MoeOp& op, int layer_idx, const Table<uint8_t>& min_level
     if (min_levels.data()[e] > want_levels.data()[e] || want_levels.data()[e] >= op.num_levels())
       throw std::invalid_argument("MoeOp.set_levels: expert " + std::to_string(e) +
                                   ": expected min <= want < " + std::to_string(op.num_levels()));
-  layer.min_level.assign(min_levels.data(), min_levels.data() + E);
-  layer.want_level.assign(want_levels.data(), want_levels.data() + E);
+  op.set_levels(layer_idx, {min_levels.data(), min_levels.data() + E},
+                {want_levels.data(), want_levels.data() + E});
 }
 
-static void forward(MoeOp& op, int layer_idx, uintptr_t x, int x_dtype, int64_t x_stride,
-                    uintptr_t expert_idx, uintptr_t weights, int64_t T, int64_t K, uintptr_t out,
-                    bool round_products, py::array_t<uint8_t, py::array::c_style> used,
-                    const py::array_t<int32_t, py::array::c_style>& ahead) {
-  if (x_dtype < 0 || x_dtype > 2)
-    throw std::invalid_argument("MoeOp.forward: dtype must be 0 (fp32), 1 (bf16) or 2 (fp16)");
-  if (used.size() != static_cast<py::ssize_t>(op.layer(layer_idx).min_level.size()))
-    throw std::invalid_argument("MoeOp.forward: used needs one entry per expert");
-  const MoeInput input{reinterpret_cast<const void*>(x),
-                       static_cast<DType>(x_dtype),
-                       x_stride,
-                       reinterpret_cast<const int64_t*>(expert_idx),
-                       reinterpret_cast<const float*>(weights),
-                       T,
-                       K,
-                       round_products};
-  const std::vector<int32_t> ids = ids_of(ahead);
-  uint8_t* used_out = used.mutable_data();
+// [E] levels, or null for None.
+static const uint8_t* low_levels(const MoeOp& op, int layer_idx,
+                                 const std::optional<Table<uint8_t>>& low) {
+  if (!low) return nullptr;
+  const int64_t E = op.layer(layer_idx).num_experts();
+  bool fits = low->ndim() == 1 && low->size() == E;
+  for (py::ssize_t e = 0; fits && e < low->size(); ++e) fits = low->data()[e] < op.num_levels();
+  if (!fits)
+    throw std::invalid_argument("MoeOp: low: expected one level below " +
+                                std::to_string(op.num_levels()) + " per expert (" +
+                                std::to_string(E) + ")");
+  return low->data();
+}
+
+static std::unique_ptr<Session> open_session(MoeOp& op, int layer_idx,
+                                             const Table<int32_t>& experts, const AheadList& ahead,
+                                             const std::optional<Table<uint8_t>>& low) {
+  const std::vector<int32_t> chosen = ids_of(experts);
+  const uint8_t* levels = low_levels(op, layer_idx, low);
   py::gil_scoped_release release;
-  op.forward(layer_idx, input, reinterpret_cast<void*>(out), used_out, ids);
+  return op.session(layer_idx, chosen, ahead.layers, levels);
 }
 
 void bind_moe(py::module_& m) {
+  py::class_<AheadList>(m, "AheadList", "What to read ahead, as MoePolicy.read_ahead says.")
+      .def(py::init<>())
+      .def(
+          "experts",
+          [](const AheadList& ahead) {
+            std::vector<std::tuple<int, int, std::vector<int32_t>>> out;
+            for (const Ahead& a : ahead.layers) out.emplace_back(a.layer, a.distance, a.experts);
+            return out;
+          },
+          "[(layer, distance, experts)], nearest layer first.");
   py::class_<MoeOp>(m, "MoeOp",
                     "Computes MoE layers from the engine's pages, loading what is missing.")
       .def(py::init<Engine&, std::vector<uint32_t>>(), py::arg("engine"), py::arg("level_masks"),
@@ -114,20 +126,11 @@ void bind_moe(py::module_& m) {
            "Returns the layer's index.")
       .def("set_levels", &set_levels, py::arg("layer_idx"), py::arg("min_levels"),
            py::arg("want_levels"), "Of each expert, uint8 [E]; in force from the next call on.")
-      .def("forward", &forward, py::arg("layer_idx"), py::arg("x"), py::arg("x_dtype"),
-           py::arg("x_stride"), py::arg("expert_idx"), py::arg("weights"), py::arg("T"),
-           py::arg("K"), py::arg("out"), py::arg("round_products"), py::arg("used"),
-           py::arg("ahead"))
       .def(
-          "session",
-          [](MoeOp& op, int layer_idx, const py::array_t<int32_t, py::array::c_style>& experts,
-             const py::array_t<int32_t, py::array::c_style>& ahead) {
-            const std::vector<int32_t> chosen = ids_of(experts), ids = ids_of(ahead);
-            py::gil_scoped_release release;
-            return op.session(layer_idx, chosen, ids);
-          },
-          py::arg("layer_idx"), py::arg("experts"), py::arg("ahead"),
-          "An engine session over experts of a layer at their planned levels.")
+          "session", &open_session, py::arg("layer_idx"), py::arg("experts"), py::arg("ahead"),
+          py::arg("low") = py::none(),
+          "An engine session over experts of a layer at their planned levels; low uint8 [E]: where "
+          "compute may start instead.")
       .def(
           "expert",
           [](const MoeOp& op, int layer_idx, int64_t expert, int level) {

@@ -704,6 +704,18 @@ void force_isa(const char* name) {
                               "'; use one of " + usable);
 }
 
+void router_logits(const void* W, const void* bias, DType dtype, int64_t E, int64_t H,
+                   const void* x, DType x_dtype, float* out) {
+  const Kernels& kernels = *current_kernels().load();
+  thread_local std::vector<float> wide;
+  wide.resize(std::max(H, E));
+  kernels.load(x, x_dtype, H, wide.data());
+  kernels.project(W, dtype, E, H, wide.data(), out);
+  if (!bias) return;
+  kernels.load(bias, dtype, E, wide.data());
+  for (int64_t e = 0; e < E; ++e) out[e] += wide[e];
+}
+
 void expert_ffn(const FfnSpec& spec, const FfnTask* tasks, int num_tasks, const void* x,
                 DType x_dtype, int64_t x_stride, float* pair_out) {
   const ExpertGeometry& g = spec.geometry;

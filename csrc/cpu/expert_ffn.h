@@ -91,6 +91,11 @@ void unpack_bias(const ExpertGeometry& geometry, const ExpertView& expert, int m
 // What is added to its output, fp32 [hidden]; zeros without a mean.
 void unpack_mean(const ExpertGeometry& geometry, const ExpertView& expert, float* out);
 
+// A linear router's scores: out[e] = W[e, :] @ x (+ bias[e]).  W: [E, H] of dtype, contiguous.
+// bias: [E] of dtype, or null.  x: [H] of x_dtype.  In fp32.
+void router_logits(const void* W, const void* bias, DType dtype, int64_t E, int64_t H,
+                   const void* x, DType x_dtype, float* out);
+
 // Name of the instruction set in use: "portable", "avx2", "avx512", "avx512_vnni_bf16". `force_isa`
 // takes one of these (for tests; throws if the CPU lacks it), or "auto".
 const char* isa_name();

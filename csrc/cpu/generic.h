@@ -609,5 +609,36 @@ inline void multiply(const RunArgs& args) {
   }
 }
 
+// ---- a router's scores ------------------------------------------------------------------------
+
+template <class Load>
+inline void project_rows(Load&& load_at, int64_t rows, int64_t cols, const float* x, float* out) {
+  constexpr int kLanes = 32;  // sums that the compiler keeps in vectors
+  for (int64_t r = 0; r < rows; ++r) {
+    float sums[kLanes] = {};
+    int64_t c = 0;
+    for (; c + kLanes <= cols; c += kLanes)
+      for (int i = 0; i < kLanes; ++i) sums[i] += load_at(r * cols + c + i) * x[c + i];
+    float total = 0;
+    for (; c < cols; ++c) total += load_at(r * cols + c) * x[c];
+    for (float sum : sums) total += sum;
+    out[r] = total;
+  }
+}
+
+inline void project(const void* W, DType dtype, int64_t rows, int64_t cols, const float* x,
+                    float* out) {
+  const auto* half = static_cast<const uint16_t*>(W);
+  const auto* wide = static_cast<const float*>(W);
+  switch (dtype) {
+    case DType::fp32:
+      return project_rows([wide](int64_t i) { return wide[i]; }, rows, cols, x, out);
+    case DType::bf16:
+      return project_rows([half](int64_t i) { return bf16_to_float(half[i]); }, rows, cols, x, out);
+    default:
+      return project_rows([half](int64_t i) { return fp16_to_float(half[i]); }, rows, cols, x, out);
+  }
+}
+
 }  // namespace
 }  // namespace comoe

@@ -110,6 +110,9 @@ struct Kernels {
   // elements.
   void (*unpack_tile)(const RunArgs& args, int64_t num_rows, int64_t cols, void* out,
                       DType out_dtype, int64_t ld);
+  // out[r] = W[r, :] @ x, W [rows, cols] of dtype, contiguous; x fp32.
+  void (*project)(const void* W, DType dtype, int64_t rows, int64_t cols, const float* x,
+                  float* out);
 };
 
 extern const Kernels kPortableKernels;

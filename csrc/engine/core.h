@@ -105,6 +105,8 @@ class Core {
   int32_t record_of(int32_t expert, int r) const {
     return expert_records_[static_cast<size_t>(expert) * records_per_expert_ + r];
   }
+  // The finest level of [need.min_level, need.want_level] that is complete, -1: none.
+  int best_resident_level(const Need& need) const;
   bool has_level(int32_t expert, int level) const { return expert_levels_[expert] >> level & 1; }
   const RecordInfo& info(int32_t record) const { return records_[record].info; }
   RecordState state(int32_t record) const { return records_[record].state; }
@@ -196,7 +198,6 @@ class Core {
   void admit();
   enum class Admission { admitted, blocked, failed };
   Admission try_admit(int32_t session, int32_t need);
-  int best_resident_level(const Need& need) const;
   int level_to_load(const Need& need) const;
   void pin_level(int32_t session, int32_t need, int level);
   void unpin_level(int32_t session, int32_t need);

@@ -431,6 +431,19 @@ void Engine::set_budget(int64_t bytes, double timeout_seconds) {
       "them");
 }
 
+std::vector<int> Engine::resident_levels(const std::vector<Need>& needs) const {
+  std::lock_guard<std::mutex> lock(state_->mutex);
+  const Core& core = state_->core;
+  std::vector<int> levels;
+  levels.reserve(needs.size());
+  for (const Need& need : needs) {
+    require(need.expert >= 0 && need.expert < core.num_experts(),
+            "resident_levels: there is no expert " + std::to_string(need.expert));
+    levels.push_back(core.best_resident_level(need));
+  }
+  return levels;
+}
+
 std::vector<uint8_t> Engine::resident() const {
   std::lock_guard<std::mutex> lock(state_->mutex);
   std::vector<uint8_t> states(state_->core.num_records());

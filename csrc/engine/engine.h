@@ -122,6 +122,8 @@ class Engine {
   int64_t minimum_budget(int level = -1) const;
 
   std::vector<uint8_t> resident() const;  // [num_records] RecordState
+  // Of each need the finest complete level in its bounds, -1: none.
+  std::vector<int> resident_levels(const std::vector<Need>& needs) const;
   EngineStats stats() const;
   bool wait_idle(double timeout_seconds);  // true when no read is running, and none can be started
   void close();                            // ends reads; waiting sessions throw EngineClosed

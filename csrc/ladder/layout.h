@@ -25,6 +25,13 @@ enum class Level : uint8_t { bits2 = 0, bits3 = 1, bits4 = 2, bits8 = 3, exact =
 enum class DType : uint8_t { fp32 = 0, bf16 = 1, fp16 = 2 };
 
 inline int64_t dtype_bytes(DType dtype) { return dtype == DType::fp32 ? 4 : 2; }
+// Element i of an array of dtype.
+inline const void* element_at(const void* array, DType dtype, int64_t i) {
+  return static_cast<const uint8_t*>(array) + i * dtype_bytes(dtype);
+}
+inline void* element_at(void* array, DType dtype, int64_t i) {
+  return static_cast<uint8_t*>(array) + i * dtype_bytes(dtype);
+}
 
 // What the exact record holds: elements of a DType, or codes that a scale belongs to. A coded
 // weight is fp32(code) * fp32(scale), rounded to the type of the activations.

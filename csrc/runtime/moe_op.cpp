@@ -143,19 +143,57 @@ ExpertView MoeOp::view(int layer_idx, int64_t expert, int level) const {
   return view;
 }
 
+void MoeOp::set_levels(int layer_idx, std::vector<uint8_t> min_level,
+                       std::vector<uint8_t> want_level) {
+  std::lock_guard<std::mutex> lock(levels_);
+  MoeLayer& layer = layers_.at(layer_idx);
+  layer.min_level = std::move(min_level);
+  layer.want_level = std::move(want_level);
+}
+
+MoeOp::Levels MoeOp::levels(int layer_idx) const {
+  std::lock_guard<std::mutex> lock(levels_);
+  const MoeLayer& layer = layers_.at(layer_idx);
+  return {layer.min_level, layer.want_level};
+}
+
+std::vector<int32_t> MoeOp::planned_records(int layer_idx,
+                                            const std::vector<int32_t>& experts) const {
+  std::vector<int32_t> ids;
+  std::lock_guard<std::mutex> lock(levels_);
+  const MoeLayer& layer = layers_.at(layer_idx);
+  for (int32_t e : experts) {
+    const uint32_t mask = level_masks_[layer.min_level.at(e)];
+    for (int r = 0; r < layer.num_records; ++r) {
+      const int32_t id = layer.records[static_cast<size_t>(e) * layer.num_records + r];
+      if (id >= 0 && mask >> r & 1) ids.push_back(id);
+    }
+  }
+  return ids;
+}
+
 std::unique_ptr<Session> MoeOp::session(int layer_idx, const std::vector<int32_t>& experts,
-                                        const std::vector<int32_t>& ahead) {
+                                        const std::vector<Ahead>& ahead, const uint8_t* low) {
   const MoeLayer& layer = layers_.at(layer_idx);
   std::vector<Need> needs;
   needs.reserve(experts.size());
-  for (int32_t e : experts)
-    needs.push_back({layer.first_expert + e, layer.min_level.at(e), layer.want_level[e]});
+  {
+    std::lock_guard<std::mutex> lock(levels_);
+    for (int32_t e : experts) {
+      const uint8_t want = layer.want_level.at(e);
+      const uint8_t least = low ? std::min(low[e], want) : layer.min_level[e];
+      needs.push_back({layer.first_expert + e, least, want});
+    }
+  }
   std::unique_ptr<Session> session =
       engine_.open_session(needs.data(), static_cast<int64_t>(needs.size()));
   cancel_wrong_guesses(layer_idx, experts);
-  if (!ahead.empty()) {
-    engine_.request(ahead.data(), static_cast<int64_t>(ahead.size()), Priority::prefetch, 1);
-    asked_ahead_.insert(asked_ahead_.end(), ahead.begin(), ahead.end());
+  for (const Ahead& later : ahead) {
+    cancel_wrong_guesses(later.layer, later.experts);
+    const std::vector<int32_t> ids = planned_records(later.layer, later.experts);
+    engine_.request(ids.data(), static_cast<int64_t>(ids.size()), Priority::prefetch,
+                    later.distance);
+    asked_ahead_.insert(asked_ahead_.end(), ids.begin(), ids.end());
   }
   return session;
 }
@@ -183,16 +221,16 @@ void MoeOp::cancel_wrong_guesses(int layer_idx, const std::vector<int32_t>& expe
 }
 
 void MoeOp::forward(int layer_idx, const MoeInput& in, void* out, uint8_t* used,
-                    const std::vector<int32_t>& ahead) {
+                    const std::vector<Ahead>& ahead, const uint8_t* low) {
   const MoeLayer& layer = layers_.at(layer_idx);
-  const int64_t num_experts = static_cast<int64_t>(layer.min_level.size());
+  const int64_t num_experts = layer.num_experts();
   const int64_t H = layer.spec.geometry.hidden;
   if (in.T == 0) return;
   const PairsByExpert grouped = group_pairs(in, num_experts);
   const size_t scratch = static_cast<size_t>(in.T * in.K * H);
   if (pair_out_.size() < scratch) pair_out_.resize(scratch);
 
-  std::unique_ptr<Session> session = this->session(layer_idx, grouped.expert, ahead);
+  std::unique_ptr<Session> session = this->session(layer_idx, grouped.expert, ahead, low);
   std::vector<Ready> ready;
   std::vector<ExpertView> views;
   std::vector<FfnTask> tasks;

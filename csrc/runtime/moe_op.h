@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <utility>
 #include <vector>
 
@@ -21,6 +22,7 @@ struct MoeLayer {
   std::vector<RecordMeta> metas;    // [E, R]
   std::vector<uint8_t> min_level;   // [E] compute may start at this level ...
   std::vector<uint8_t> want_level;  // [E] ... and uses the best complete one up to this
+  int64_t num_experts() const { return static_cast<int64_t>(records.size()) / num_records; }
 };
 
 // Routing of one call. Indices outside [0, E) count as "no expert".
@@ -34,6 +36,13 @@ struct MoeInput {
   bool round_products = false;  // the router's weights are of x_dtype, 16 bits: see combine_pairs
 };
 
+// Experts of a later layer to read ahead, the most wanted first. It runs `distance` layers from
+// now.
+struct Ahead {
+  int layer, distance;
+  std::vector<int32_t> experts;
+};
+
 class MoeOp {
  public:
   // level_masks: as given to the engine.
@@ -43,21 +52,29 @@ class MoeOp {
   // Checks that every level that an expert has makes sense, and that its records have the sizes
   // that kernels rely on. Returns the layer's index.
   int add_layer(MoeLayer layer);
+  int num_layers() const { return static_cast<int>(layers_.size()); }
   int num_levels() const { return static_cast<int>(level_masks_.size()); }
-  MoeLayer& layer(int layer_idx) { return layers_.at(layer_idx); }
+  // Of each expert. In force from the next call on; from any thread.
+  struct Levels {
+    std::vector<uint8_t> min, want;
+  };
+  Levels levels(int layer_idx) const;
+  void set_levels(int layer_idx, std::vector<uint8_t> min_level, std::vector<uint8_t> want_level);
   const MoeLayer& layer(int layer_idx) const { return layers_.at(layer_idx); }
 
   // out[t, :] = sum_k weights[t, k] * expert(expert_idx[t, k])(x[t, :]).  out: [T, H] of x_dtype.
   // Hits are computed while misses load; what does not fit at once is computed in waves.
   // `used` (may be null): [E], set to the level used + 1 for each expert that was computed.
-  // `ahead`: records to prefetch, asked for once the layer's own demand is queued.
+  // `ahead`: what to prefetch, nearest layer first, asked for once the layer's own demand is
+  // queued. Of these layers what was asked before and is not among it is cancelled. `low` (may be
+  // null): [E], instead of the planned min_level in this call.
   void forward(int layer_idx, const MoeInput& input, void* out, uint8_t* used,
-               const std::vector<int32_t>& ahead);
+               const std::vector<Ahead>& ahead, const uint8_t* low = nullptr);
 
   // A session over `experts` of a layer at their planned levels, for callers that compute
   // themselves. What was asked ahead for this layer and is not among them is cancelled.
   std::unique_ptr<Session> session(int layer_idx, const std::vector<int32_t>& experts,
-                                   const std::vector<int32_t>& ahead);
+                                   const std::vector<Ahead>& ahead, const uint8_t* low = nullptr);
 
   // The view of one resident, pinned expert at `level`.
   ExpertView view(int layer_idx, int64_t expert, int level) const;
@@ -70,11 +87,14 @@ class MoeOp {
     std::pair<int32_t, int32_t> ids{0, 0};               // the layer's records: [first, end)
   };
 
+  // Ids of what experts of a layer need at their planned least levels.
+  std::vector<int32_t> planned_records(int layer_idx, const std::vector<int32_t>& experts) const;
   void cancel_wrong_guesses(int layer_idx, const std::vector<int32_t>& experts);
 
   Engine& engine_;
   std::vector<uint32_t> level_masks_;
   std::vector<MoeLayer> layers_;
+  mutable std::mutex levels_;  // min_level and want_level of all layers
   std::vector<Parts> parts_;
   std::vector<int32_t> asked_ahead_;  // records, of layers that have not been computed since
   std::vector<float> pair_out_;       // [T * K, H], kept between calls of the same size or less
