@@ -27,7 +27,7 @@ def register() -> None:
 
 
 def load(
-    path: str | os.PathLike,
+    path: str | os.PathLike | RemoteStore,
     memory: str | int | None = None,
     *,
     exact: bool = False,
@@ -37,7 +37,8 @@ def load(
     """A transformers model that keeps within `memory`, beside the interpreter's own baseline.
 
     path: a folder made by `comoe pack`, an unpacked checkpoint folder, or a hub id; the last two are
-    packed into a cache on first use. Or the URL of a packed folder on any server (docs/remote.md).
+    packed into a cache on first use. Or the URL of a packed folder on any server (docs/remote.md),
+    or what `open_url` returned for it, which the model then closes.
     sources: URLs of other places that have the same packed folder, beside `path`, which is one then.
     memory: bytes, or a size such as "4.7GB": dense weights, KV cache, experts and workspace. None: what
     the machine has available now.
@@ -53,8 +54,8 @@ def load(
     register()
     from comoe.hf.load import load_packed
 
-    if is_url(path):
-        remote = open_url(path, sources)
+    if is_url(path) or is_open(path):
+        remote = open_url(path, sources) if is_url(path) else path
         try:
             with remote.loading():
                 return load_packed(remote.folder, config, dtype)
@@ -67,16 +68,27 @@ def load(
 
 
 def open_url(
-    url: str, sources: Sequence[str] = (), *, progress: Callable[[int, int], None] | None = None
+    url: str,
+    sources: Sequence[str] = (),
+    *,
+    progress: Callable[[int, int], None] | None = None,
+    dense: bool = True,
 ) -> RemoteStore:
     """The packed folder at a URL, opened: what is beside the experts is in the local cache afterwards.
 
-    progress(done, total): bytes fetched; None: a line on standard error. Close it, or give it to a model
-    (`with remote.loading()`), which then does."""
+    sources: URLs of other places that have the same.  progress(done, total): bytes fetched; None: a line on
+    standard error.  dense: with False, only what describes the experts. Close it, or give it to `load`.
+    """
     from comoe.tiers.remote_store import RemoteStore
 
     report = progress or _print_progress("fetched what is beside the experts")
-    return RemoteStore.open(list(dict.fromkeys([url, *sources])), progress=report)
+    remote = RemoteStore.open(list(dict.fromkeys([url, *sources])), progress=report, dense=dense)
+    if remote.offline:
+        print(
+            f"comoe: no source answers ({remote.offline}); using what is in {remote.folder}",
+            file=sys.stderr,
+        )
+    return remote
 
 
 def load_tokenizer(path: str | os.PathLike):
@@ -116,6 +128,11 @@ def offload(
     from comoe.hf.offload import offload_model
 
     return offload_model(model, config, None if folder is None else Path(folder))
+
+
+def is_open(path: object) -> bool:
+    """Whether it is what `open_url` returns."""
+    return hasattr(path, "loading")
 
 
 def packed_folder(path: str | os.PathLike) -> Path:

@@ -49,6 +49,7 @@ class RangeServer:
         self.seen_headers: list[dict[str, str]] = []
         self.connections = 0
         self.etag_salt = ""
+        self.redirect: str | None = None  # URL of another server, to which all is sent on
         self.lock = threading.Lock()
         self.closing = threading.Event()
         self._open: set = set()
@@ -122,6 +123,8 @@ class _Handler(BaseHTTPRequestHandler):
         owner.seen_headers.append(dict(self.headers))
         if owner.secret is not None and self.headers.get("Authorization") != owner.secret:
             return self.plain(401)
+        if owner.redirect is not None:
+            return self.plain(307, Location=owner.redirect + self.path)
         file = owner.folder / path
         if not file.is_file():
             return self.plain(404)

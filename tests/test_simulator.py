@@ -14,6 +14,7 @@ from comoe.policy.misses import UseResident
 from comoe.policy.next_use import Belady, NextUse
 from comoe.policy.plan import BudgetError, EvenPlanner, all_cached
 from comoe.policy.predictor import Predictor
+from comoe.policy.scoring import AlwaysOn
 from comoe.policy.simulator import ReplayError, Simulator
 from comoe.policy.token_table import TokenTable
 
@@ -110,7 +111,7 @@ def test_reading_ahead_hides_reads_and_wrong_guesses_delay_by_one_chunk_at_most(
     sizes = sizes_of()
     costs = costs_of(sizes, compute=1e-3, dense=6e-3)
     alone = simulate(trace, sizes, costs, slots=5)
-    right = simulate(trace, sizes, costs, slots=5, predictor=NextLayer(trace))
+    right = simulate(trace, sizes, costs, slots=5, predictor=NextLayer(trace), gauge=AlwaysOn())
     wrong = simulate(trace, sizes, costs, slots=5, predictor=NextLayer(trace, 3))
     # The first layer has nobody before it.
     assert right.stall.sum() < 0.6 * alone.stall.sum()

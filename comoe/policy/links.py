@@ -34,7 +34,8 @@ FEW = 16  # transfers; with fewer the percentile is not known
 FIRST_RATIO = 3.0  # of the seconds expected, until then
 MOST_RATIO = 20.0
 LEAST_HEDGE = 0.02  # seconds: less is noise of the machine
-HEDGED_SHARE = 0.15  # of all bytes that may be asked for a second time
+HEDGED_SHARE = 0.15  # of all bytes that may be asked for a second time, beside
+FREE_HEDGES = 1 << 20  # bytes, or one request
 FIRST_SILENCE, LEAST_SILENCE = 3.0, 0.25  # seconds; the first of a source that never answered
 SILENT_WAITS = 4.0  # times to the first byte
 STALLED_SECONDS = 0.1  # until it is worth asking whether a stalled source has recovered
@@ -229,7 +230,7 @@ class Links:
         """Seconds after which a request that should take `expected` is late: the percentile of what
         requests to this source took. inf where too much was asked for twice already."""
         with self._lock:
-            if self._hedged + nbytes > HEDGED_SHARE * self._asked + nbytes / 2:
+            if self._hedged + nbytes > HEDGED_SHARE * self._asked + max(nbytes, FREE_HEDGES):
                 return math.inf
             ratios = sorted(self._states[name].ratios)
             known = len(ratios) >= FEW

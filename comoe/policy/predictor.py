@@ -102,6 +102,9 @@ class PrefetchGauge:
         if read > 0:
             self.share += self.smoothing * (min(used / read, 1.0) - self.share)
 
+    def note_seconds(self, seconds: float) -> None:
+        """What the step took, for gauges that go by it (prefetch_gauge.py)."""
+
     @property
     def useful(self) -> bool:
         return self.share >= self.least_share or self._steps % self.probe_every == 0

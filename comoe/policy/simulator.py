@@ -26,6 +26,7 @@ from comoe.policy.costs import Costs
 from comoe.policy.misses import SKIP, Chosen, MissRule
 from comoe.policy.plan import BudgetError, Plan, Sizes
 from comoe.policy.predictor import NoPredictor, Predictor, PrefetchGauge, RankChances
+from comoe.policy.prefetch_gauge import TimedGauge
 
 if TYPE_CHECKING:
     from comoe.trace import Trace
@@ -93,7 +94,8 @@ class Simulator:
 
     predictor: asked before each layer. prefetch: whether what it says is also read ahead (while the gauge
     finds that it pays), or only told to the cache policy.  loss: float [X, levels], nats per token;
-    a skipped expert loses as much as at its coarsest level, or skip_loss [X].
+    a skipped expert loses as much as at its coarsest level, or skip_loss [X].  All are of one use; with
+    mean_square [X], the mean square of the gate weights of an expert's uses, of one at that weight.
     script: (seconds, "memory", bytes) and (seconds, "bandwidth", factor of costs.bandwidth), by time.
     on_token: called after each token with the simulated time, the simulator and the token's seconds; a
     controller sits here and may call `set_plan`.
@@ -113,6 +115,7 @@ class Simulator:
         gauge: PrefetchGauge | None = None,
         loss: np.ndarray | None = None,
         skip_loss: np.ndarray | None = None,
+        mean_square: np.ndarray | None = None,
         script: Sequence[tuple[float, str, float]] = (),
         on_token: Callable[[float, Simulator, float], None] | None = None,
     ):
@@ -136,8 +139,8 @@ class Simulator:
         self.sizes, self.costs, self.trace, self.cache = sizes, costs, trace, cache
         self.predictor = predictor or NoPredictor()
         self.prefetch, self._rule = prefetch, misses
-        self.gauge = gauge or PrefetchGauge()
-        self._loss, self._skip_loss = loss, skip_loss
+        self.gauge = gauge or TimedGauge()
+        self._loss, self._skip_loss, self._mean_square = loss, skip_loss, mean_square
         self._script = deque(sorted(script))
         self._on_token = on_token
         self._chances = RankChances(len(sizes.num_experts))
@@ -326,6 +329,7 @@ class Simulator:
             self.result.token_time[row] = self.time - begin
             tokens_read = self.result.prefetch_bytes, self.result.prefetch_used_bytes
             self.gauge.note_step(*tokens_read)
+            self.gauge.note_seconds(self.time - begin)
             if self._on_token is not None:
                 self._on_token(self.time, self, self.time - begin)
         return self.result
@@ -410,7 +414,7 @@ class Simulator:
         self.result.misses += len(waiting)
         self._compute(row, computed, waiting)
         if self._loss is not None:
-            self.result.loss[row] += self._lost(first + chosen, levels)
+            self.result.loss[row] += self._lost(first + chosen, weights, levels)
         self.cache.note(layer_idx, chosen, weights, levels)
         layers = len(self.sizes.num_experts)
         if layer_idx in self._next:
@@ -493,10 +497,12 @@ class Simulator:
             clock, spent = max(clock, ready) + seconds, spent + seconds
         return clock, spent
 
-    def _lost(self, x: np.ndarray, levels: np.ndarray) -> float:
+    def _lost(self, x: np.ndarray, weights: np.ndarray, levels: np.ndarray) -> float:
         """Nats that the levels used lose in expectation, per use."""
         skipped = levels == SKIP
         lost = self._loss[x, np.maximum(levels, 0)].astype(float)
         if skipped.any() and self._skip_loss is not None:
             lost = np.where(skipped, self._skip_loss[x], lost)
+        if self._mean_square is not None:
+            lost *= weights**2 / np.maximum(self._mean_square[x], 1e-12)
         return float(lost.sum())

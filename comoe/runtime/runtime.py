@@ -20,6 +20,7 @@ from comoe.policy.joint import GoalError, JointPlanner, Situation
 from comoe.policy.misses import MissRule
 from comoe.policy.plan import EvenPlanner, Plan, Planner, Sizes
 from comoe.policy.predictor import NoPredictor, Predictor, PrefetchGauge
+from comoe.policy.prefetch_gauge import TimedGauge
 from comoe.policy.snapshot import Snapshot
 from comoe.policy.upgrades import RecentUse, UpgradePolicy
 from comoe.runtime.budget import EXPERT_ROWS, LONG_STEP, Budget, ModelSizes, Step
@@ -55,7 +56,7 @@ PREFETCH, UPGRADE = 1, 2  # classes of transfers
 ABSENT, RESIDENT = 0, 2  # states of a record
 SCRATCH_BYTES = 1_000_000  # of the kernels; disk reads go straight into the pool's pages
 RECORD_BYTES = 400  # the engine's tables, per record
-UPGRADE_EVERY = 8  # steps between choices of experts that climb
+UPGRADE_EVERY = 16  # steps between choices of experts that climb; one takes 0.6 ms
 FOLLOW_EVERY = 64  # steps between plans for what the text uses
 PLANNING_SHARE = 0.01  # of the time that planning for the text may take
 KEPT_FREE = 0.01  # share of the machine's memory that is left to others
@@ -117,7 +118,8 @@ class Runtime:
         self.store, self.specs, self.config = store, specs, config
         self.predictor = predictor or NoPredictor()
         self.upgrades = upgrades or RecentUse([spec.num_experts for spec in specs])
-        self.gauge = PrefetchGauge()
+        self.gauge: PrefetchGauge = TimedGauge()
+        self._step_began: float | None = None  # of a step whose time the gauge is told
         self._rule: MissRule | None = None
         self._experts_per_token = experts_per_token
         self._rising: np.ndarray | None = (
@@ -434,10 +436,15 @@ class Runtime:
                 self._ask_for_plan()
             if not self.plan.resident:
                 self._reader_core.begin(step.batch * step.tokens, engine["wait_seconds"])
+            alike = step.tokens == 1 and not self.plan.resident
+            self._step_began = time.perf_counter() if alike else None
 
     def end_step(self) -> None:
         """Called after every forward pass, also one that failed."""
         self._reader_core.end()
+        if self._step_began is not None:
+            self.gauge.note_seconds(time.perf_counter() - self._step_began)
+            self._step_began = None
 
     def set_memory(self, size: str | int) -> str:
         """Changes the budget of a running model; returns the new plan in one line.

@@ -132,6 +132,10 @@ class StoreCache:
         """float [n]: what keeping each is worth, from now on; the least worth goes first."""
         self._entries["value"][:] = values
 
+    def raise_value(self, which: np.ndarray, value: float) -> None:
+        """They are worth at least `value` from now on."""
+        self._entries["value"][which] = np.maximum(self._entries["value"][which], value)
+
     def used(self, which: np.ndarray | int) -> None:
         self._entries["used"][which] = time.time()
 

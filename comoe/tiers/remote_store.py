@@ -25,10 +25,11 @@ from comoe.store import format as fmt
 from comoe.store.sums import FileSum, read_sums
 from comoe.tiers import cache
 from comoe.tiers.source import open_source
-from comoe.tiers.sources import MOST_MANIFEST, PATIENCE, Sources
+from comoe.tiers.sources import PATIENCE, NoSourceError, Sources
 from comoe.tiers.urls import redacted
 
 MANIFEST_PATH = f"{fmt.EXPERTS_FOLDER}/{fmt.MANIFEST_FILE}"
+URL_FILE = ".comoe-url"
 FIRST_HEADER = (
     64 << 10
 )  # bytes of a layer file that are asked for before its header's size is known
@@ -48,9 +49,15 @@ class RemoteStore:
     """A store elsewhere, and its local copy. `folder` is a packed folder with holes in its layer files."""
 
     def __init__(
-        self, folder: Path, sources: Sources, holding: cache.Holding, limit: int | None = None
+        self,
+        folder: Path,
+        sources: Sources,
+        holding: cache.Holding,
+        limit: int | None = None,
+        offline: str = "",
     ):
-        self.folder, self.sources = folder, sources
+        """offline: why no source could be asked when it was opened."""
+        self.folder, self.sources, self.offline = folder, sources, offline
         self._holding = holding
         self.store = Store.open(folder)
         self.cache = cache.StoreCache(folder, self.store.layers, limit)
@@ -65,12 +72,16 @@ class RemoteStore:
         patience: float = PATIENCE,
         links: Links | None = None,
         progress: Progress = lambda done, total: None,
+        dense: bool = True,
     ) -> RemoteStore:
         """Fetches what a model needs to start, as far as it is not here.
 
         urls: of the packed folder, one per source; all must have the same store.  base: folder of the cache.
         limit: bytes that the whole cache may take.  patience: seconds that one request may take over all
-        attempts.  progress(done, total): bytes fetched.
+        attempts.  progress(done, total): bytes fetched.  dense: with False, only what describes the experts.
+
+        When no source answers and the store at the first URL was opened before, that one is opened from the
+        cache alone: `offline` says so.
 
         Raises NoSourceError (an OSError) when no source answers, StoreError for a store that is damaged.
         """
@@ -78,13 +89,22 @@ class RemoteStore:
         base = cache.root() if base is None else base
         sources = Sources([open_source(url) for url in urls], links=links, patience=patience)
         try:
-            raw = sources.pin(MANIFEST_PATH, MOST_MANIFEST)
-            folder = base / folder_name(urls[0], raw)
+            offline = ""
+            try:
+                raw = sources.pin(MANIFEST_PATH, checks.manifest_is_whole)
+                folder = base / folder_name(urls[0], raw)
+            except NoSourceError as error:
+                folder, offline = _opened_before(base, urls[0]), str(error)
+                if folder is None:
+                    raise
+                raw = (folder / MANIFEST_PATH).read_bytes()
+                sources.pin_known(MANIFEST_PATH, raw)
             with cache.opening(folder):
                 holding = cache.Holding(folder)
                 try:
-                    _Opening(folder, sources, raw, progress).run()
-                    return cls(folder, sources, holding, limit)
+                    _Opening(folder, sources, raw, progress, dense).run()
+                    _note_url(folder, urls[0])
+                    return cls(folder, sources, holding, limit, offline)
                 except BaseException:
                     holding.close()
                     raise
@@ -129,11 +149,31 @@ def folder_name(url: str, manifest: bytes) -> str:
     return f"{plain}-{hashlib.sha256(manifest).hexdigest()[:16]}"
 
 
+def _note_url(folder: Path, url: str) -> None:
+    """Remembers that the store was found there; not the URL itself, which may have secrets in it."""
+    _write_whole(folder / URL_FILE, hashlib.sha256(url.encode()).hexdigest().encode())
+
+
+def _opened_before(base: Path, url: str) -> Path | None:
+    """The folder of the store that was last found at a URL."""
+    mark = hashlib.sha256(url.encode()).hexdigest().encode()
+    found = []
+    for folder in cache.stores(base):
+        try:
+            if (folder / URL_FILE).read_bytes() == mark and (folder / MANIFEST_PATH).is_file():
+                found.append(((folder / URL_FILE).stat().st_mtime, folder))
+        except OSError:
+            continue
+    return max(found)[1] if found else None
+
+
 class _Opening:
     """Makes a folder of the cache ready; run by one process at a time."""
 
-    def __init__(self, folder: Path, sources: Sources, manifest: bytes, progress: Progress):
-        self.folder, self.sources, self.raw = folder, sources, manifest
+    def __init__(
+        self, folder: Path, sources: Sources, manifest: bytes, progress: Progress, dense: bool
+    ):
+        self.folder, self.sources, self.raw, self.dense = folder, sources, manifest, dense
         self.experts = folder / fmt.EXPERTS_FOLDER
         self.progress = progress
         self.done = self.total = 0
@@ -152,6 +192,8 @@ class _Opening:
         sums = {
             self.folder / name: (name, found) for name, found in read_sums(manifest, where).items()
         }
+        if not self.dense:
+            sums = {}
         losses = manifest.extra.get("losses")
         if losses is not None:
             sums[self.experts / fmt.LOSSES_FILE] = _losses_sum(losses, where)

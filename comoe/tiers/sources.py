@@ -34,7 +34,6 @@ WATCH_SECONDS = 0.01
 SLOW_SECONDS = 5.0  # in which at least SLOW_BYTES must come
 SLOW_BYTES = 2 << 10
 LACK_SECONDS = 60.0  # for which a file that a source does not have is not asked for again
-IDENTITY_SECONDS = 5.0  # between two looks at a source's manifest
 HEDGERS = 2
 PROBE_SECONDS, PROBE_GROWTH, MOST_PROBE_SECONDS = 0.3, 1.1, 10.0  # between probes of one source
 PROBE_TIMEOUT = 1.0
@@ -108,15 +107,17 @@ class Sources:
 
     # ---- identity -------------------------------------------------------------------------------
 
-    def pin(self, path: str, most: int = MOST_MANIFEST) -> bytes:
+    def pin(self, path: str, is_whole: Callable[[bytes], bool] = bool) -> bytes:
         """The file that stands for the store's version, from the first source that gives it. All sources
-        must have the same from now on."""
+        must have the same from now on. is_whole: whether it is one, and undamaged."""
         errors: dict[str, SourceError] = {}
         give_up = time.monotonic() + self.patience
         while True:
             for name in self.links.order(0):
                 try:
-                    found = self._read_all(name, path, most)
+                    found = self._read_all(name, path, MOST_MANIFEST)
+                    if not is_whole(found):
+                        raise BadAnswer(f"{name}: {path}: damaged, or not what the name says")
                 except SourceError as error:
                     errors[name] = error
                     self._failed(name, error)
@@ -130,18 +131,30 @@ class Sources:
                 raise NoSourceError(_reasons(errors))
             time.sleep(pause)
 
+    def pin_known(self, path: str, manifest: bytes) -> None:
+        """As `pin`, of a manifest that is here."""
+        self._manifest_path, self._pinned = path, hashlib.sha256(manifest).digest()
+
     def _read_all(self, name: str, path: str, most: int) -> bytes:
+        """A whole file. Never Changed: of a file asked for whole that says nothing."""
         transfer = Transfer(name, 0, lambda *_: None)
         with self._watched(_Running(_Job(path, 0, SLOW_BYTES, None, bool), transfer, float("inf"))):
-            return self._by_name[name].read_all(path, most, transfer)
+            try:
+                return self._by_name[name].read_all(path, most, transfer)
+            except Changed as error:
+                raise BadAnswer(str(error)) from None
 
     def _require_same(self, name: str, since: float) -> None:
         """Changed unless the source's manifest was the pinned one, seen after `since`."""
         if self._pinned is None or self._same.get(name, -1.0) > since:
             return
-        found = self._read_all(name, self._manifest_path, MOST_MANIFEST)
-        if hashlib.sha256(found).digest() != self._pinned:
+        # Twice the same, or it is a bad link and no other version.
+        read = [self._read_all(name, self._manifest_path, MOST_MANIFEST)]
+        if hashlib.sha256(read[0]).digest() != self._pinned:
             self._same.pop(name, None)
+            read.append(self._read_all(name, self._manifest_path, MOST_MANIFEST))
+            if read[0] != read[1]:
+                raise BadAnswer(f"{name}: {self._manifest_path}: damaged on its way")
             raise Changed(
                 f"{name}: it has another version of the store than the one that was opened; load the model "
                 "again to use that one"
@@ -220,7 +233,7 @@ class Sources:
         except SourceError as error:
             if isinstance(error, Cancelled):
                 raise
-            error = self._reconsidered(name, job.path, error)
+            error = self._reconsidered(name, job.path, error, transfer.began)
             self._failed(name, error, job.path)
             raise error from None
         finally:
@@ -229,18 +242,18 @@ class Sources:
             job.active.pop(name, None)
             job.changed.set()
 
-    def _reconsidered(self, name: str, path: str, error: SourceError) -> SourceError:
+    def _reconsidered(self, name: str, path: str, error: SourceError, began: float) -> SourceError:
         """Bytes that are wrong, or of another version: is it the store that was exchanged, or only that
         file's ETag, or a bad link?"""
         if not isinstance(error, (Changed, BadAnswer)):
             return error
         self._by_name[name].forget(path)
         try:
-            self._require_same(name, time.monotonic() - IDENTITY_SECONDS)
+            self._require_same(name, began)
         except Changed as changed:
             return changed
         except SourceError:
-            return error
+            pass  # not known: asked again soon
         return BadAnswer(str(error)) if isinstance(error, Changed) else error
 
     def _failed(self, name: str, error: SourceError, path: str | None = None) -> None:
