@@ -662,6 +662,8 @@ class Runtime:
         self.engine.set_budget(plan.pool_bytes)
         # Then, until the cache knows better, whatever fits of what the plan aims at.
         self._ask_for_plan()
+        if self.remote is not None:
+            self.remote.note_plan(base, aimed, self.live.profile.use())
         self._set_rule()
 
     def _set_rule(self) -> None:
