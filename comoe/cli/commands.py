@@ -111,10 +111,10 @@ def load(
     quality: str | None = None,
     latency_target: float | None = None,
     source: list[str] | None = None,
-    routing_tolerance: float = 0.0,
+    **more: Any,
 ) -> tuple[Any, Any]:
     """The model and its tokenizer; says in one line (stderr) what was decided. source: URLs of other places
-    that have the same store as the URL `path`."""
+    that have the same store as the URL `path`.  more: fields of CoMoEConfig."""
     quiet_transformers()
     # Checked before torch is loaded: a misspelt size should not take seconds to be refused.
     budget = None if memory is None else parse_bytes(memory, "--memory")
@@ -124,7 +124,7 @@ def load(
         "verify": verify,
         "quality": quality,
         "latency": None if latency_target is None else latency_target / 1e3,
-        "routing_tolerance": routing_tolerance,
+        **more,
     }
     CoMoEConfig.create(**options)
     import comoe
@@ -234,6 +234,8 @@ def run(
     threads: Threads = 0,
     no_verify: NoVerify = False,
     source: remote.Sources = None,
+    expert_server: serving.ExpertServer = None,
+    expert_token_file: serving.ExpertTokenFile = None,
     as_json: Json = False,
 ) -> None:
     """Continue a text, keeping within a memory budget.
@@ -253,7 +255,9 @@ def run(
             quality,
             latency_target,
             source,
-            routing_tolerance,
+            routing_tolerance=routing_tolerance,
+            expert_server=expert_server,
+            expert_token_file=expert_token_file,
         )
         from comoe.generate import generate_text
 
@@ -284,8 +288,7 @@ def run(
             "plan",
         )
         figures |= {name: stats[name] for name in names}
-        if "remote" in stats:
-            figures["remote"] = stats["remote"]
+        figures |= {name: stats[name] for name in ("remote", "network") if name in stats}
         model.comoe.close()
         if as_json:
             emit(figures)

@@ -180,6 +180,7 @@ class Runtime:
         if network and not config.exact:
             links = None if remote is None else remote.sources.links
             self.network = Network(self.engine, self.store_sizes, links, self._elsewhere())
+        self._complete = False  # all that the plan holds is here, so that nothing can be missing
         # In force beside the plan; None: nothing is missing.
         self._network_rule: MissRule | None = None
         self.records = Records(store, table)
@@ -250,7 +251,7 @@ class Runtime:
         call = None
         if sent.size:
             call = self.network.away.send(layer_idx, hidden, index, top_k_weights, sent)
-        if self.remote is None or self.config.exact:
+        if self.remote is None or self.config.exact or self._complete:
             out = self._compute(layer_idx, hidden, local, top_k_weights, low)
         else:
             out = self._compute_from_afar(layer_idx, hidden, local, top_k_weights, low)
@@ -579,7 +580,7 @@ class Runtime:
     def _watch_path(self, snapshot: Snapshot) -> Decision | None:
         """Follows the network: another path asks for another plan, and for the most valuable first."""
         reason = self.network.look()
-        complete = self.plan.resident and self._has(self._base)
+        self._complete = complete = self.plan.resident and self._has(self._base)
         self._network_rule = None if complete or self._rule is not None else self.network.rule
         if reason is None:
             return None
@@ -658,6 +659,7 @@ class Runtime:
         experts that rise are computed as before until all has come, so that nothing waits for an upgrade.
         """
         before, self.plan = self.plan, plan
+        self._complete = False
         self._min_level = self.store_sizes.of_layer(plan.min_level)
         self._want_level = self.store_sizes.of_layer(plan.want_level)
         rises = rising and plan.resident and before is not plan and before.resident
