@@ -13,6 +13,7 @@ from rich.table import Table
 
 from comoe.cli.common import bytes_bar, output
 from comoe.config import format_bytes, parse_bytes
+from comoe.tiers.urls import is_url
 
 if TYPE_CHECKING:
     from comoe.tiers.remote_store import RemoteStore
@@ -43,7 +44,9 @@ def pull(
     up_to: Annotated[
         str | None,
         typer.Option(
-            "--up-to", metavar="LEVEL", help="The finest level wanted, as `comoe inspect` names it."
+            "--up-to",
+            metavar="LEVEL",
+            help="The finest level wanted, as `comoe inspect` names it (2, 3, 4, 8, exact).",
         ),
     ] = None,
     source: Sources = None,
@@ -54,11 +57,13 @@ def pull(
     Stopped at any moment, the same command goes on from there. Afterwards `comoe run URL` needs no source
     for what was pulled.
 
-    Example:  comoe pull https://host/models/qwen3-packed --up-to bits4
+    Example:  comoe pull https://host/models/qwen3-packed --up-to 4
     """
     from comoe.tiers.pull import pull as run
 
     with output(as_json) as emit:
+        if not is_url(url):
+            raise ValueError(f"pull: expected the URL of a packed folder, got {url}")
         remote = open_remote(url, source)
         try:
             with bytes_bar("pulling experts") as update:

@@ -12,15 +12,17 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
 
 from comoe import _C
+from comoe.policy.links import Links
 from comoe.policy.plan import Sizes
 from comoe.runtime.engine import RecordTable
-from comoe.runtime.missing import MissHandler
+from comoe.runtime.missing import RESIDENT, MissHandler
 from comoe.tiers.fetcher import MOST_BYTES, THREADS, Fetcher
 from comoe.tiers.remote_store import RemoteStore
 
@@ -61,15 +63,16 @@ class Remote:
         self._fetcher = Fetcher(
             engine, remote, list(range(len(extent_of))), np.concatenate(extent_of)
         )
-        self.coarser = self.left_out = self.expired = 0  # experts; records
+        self.coarser = self.left_out = 0  # experts
         self._was_up = True
-        self._waiting = threading.Event()
-        self._call: tuple[float, np.ndarray] | None = None  # until when; records then given up
+        self._deadline = _Deadline(engine, self._links)
         self._left = 0.0  # seconds that this step may still wait for what it could do without
-        self._closed = False
-        self._watch = threading.Thread(target=self._expire, name="comoe-deadline", daemon=True)
+        # Also at the end of the process: a thread must not be inside the engine then.
+        self._end = weakref.finalize(
+            self, _end, engine, self._fetcher, remote, None if exact else self._deadline
+        )
         if not exact:
-            self._watch.start()
+            self._deadline.start()
 
     # ---- one layer ------------------------------------------------------------------------------
 
@@ -117,7 +120,7 @@ class Remote:
         rows = self._missing.row_of(layer_idx, experts)
         ids, states = self._sizes.records[rows], self._engine.resident()
         wanted = self._needs[levels] & (ids >= 0)
-        wanted &= states[ids] != 2
+        wanted &= states[ids] != RESIDENT
         return [row[chosen] for row, chosen in zip(ids, wanted, strict=True)]
 
     @contextmanager
@@ -125,34 +128,32 @@ class Remote:
         """While a layer may wait, at most for the rest of this step's WAIT_SECONDS for what it could do
         without, and for nothing once no source answers."""
         began = time.monotonic()
-        self._call = began + self._left, dispensable
-        self._waiting.set()
+        self._deadline.begin(began + self._left, dispensable)
         try:
             yield
         finally:
-            self._waiting.clear()
-            self._call = None
+            self._deadline.end()
             if dispensable.size:
                 self._left = max(self._left - (time.monotonic() - began), 0.0)
 
-    def _expire(self) -> None:
-        while not self._closed:
-            self._waiting.wait(1.0)
-            call = self._call
-            if call is None:
-                continue
-            until, dispensable = call
-            if not self._links.is_up():
-                self.expired += self._engine.remote_expire(None, LATE)
-            elif dispensable.size and time.monotonic() > until:
-                self.expired += self._engine.remote_expire(dispensable, LATE)
-            time.sleep(TICK_SECONDS)
-
     def gave_up(self, error: Exception) -> bool:
         """Whether the layer can go on without what it waited for."""
-        return not self._exact and "fetching record" in str(error) and not self._closed
+        return not self._exact and "fetching record" in str(error) and self._end.alive
 
     # ---- steps ----------------------------------------------------------------------------------
+
+    def note_plan(self, base: np.ndarray, aimed: np.ndarray, use: np.ndarray) -> None:
+        """What the plan in force is worth to the cache: what it always holds 2, what else it aims at 1, and of
+        both and the rest how likely a token uses an expert that needs it.
+
+        base, aimed: bool [records].  use: float [X], 0 to 1."""
+        used = np.zeros(len(base))
+        ids = self._sizes.records
+        for column in range(ids.shape[1]):
+            there = ids[:, column] >= 0
+            np.maximum.at(used, ids[there, column], use[there])
+        values = np.where(base, 2.0, np.where(aimed, 1.0, 0.0)) + np.clip(used, 0, 1)
+        self._fetcher.tell_worth(values, self._engine.resident() == RESIDENT)
 
     def begin_step(self) -> bool:
         """Whether sources answer again after they were out of reach: then what the plan lacks is to be asked for
@@ -177,15 +178,61 @@ class Remote:
             "up": self._links.is_up(),
             "coarser": self.coarser,
             "left_out": self.left_out,
-            "expired": self.expired,
+            "expired": self._deadline.expired,
         }
 
     def close(self) -> None:
-        """After the engine was closed."""
+        """Ends the engine's reads, too. May be called twice."""
+        self._end()
+
+
+class _Deadline:
+    """Ends waits that are of no use, so that a layer goes on with what is here. A thread of its own, which
+    knows nothing of the runtime, so that a model that nobody has any more is freed."""
+
+    def __init__(self, engine: _C.Engine, links: Links):
+        self._engine, self._links = engine, links
+        self._waiting = threading.Event()
+        self._call: tuple[float, np.ndarray] | None = None  # until when; records then given up
+        self._closed = False
+        self.expired = 0  # records
+        self._thread = threading.Thread(target=self._run, name="comoe-deadline", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def begin(self, until: float, dispensable: np.ndarray) -> None:
+        self._call = until, dispensable
+        self._waiting.set()
+
+    def end(self) -> None:
+        self._waiting.clear()
+        self._call = None
+
+    def close(self) -> None:
         self._closed = True
         self._waiting.set()
-        self._store.sources.close()
-        self._fetcher.close()
-        if self._watch.is_alive():
-            self._watch.join()
-        self._store.close()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._closed:
+            self._waiting.wait()
+            call = self._call
+            if call is not None:
+                until, dispensable = call
+                if not self._links.is_up():
+                    self.expired += self._engine.remote_expire(None, LATE)
+                elif dispensable.size and time.monotonic() > until:
+                    self.expired += self._engine.remote_expire(dispensable, LATE)
+            time.sleep(TICK_SECONDS)
+
+
+def _end(
+    engine: _C.Engine, fetcher: Fetcher, remote: RemoteStore, deadline: _Deadline | None
+) -> None:
+    if deadline is not None:
+        deadline.close()
+    engine.close()
+    remote.sources.close()
+    fetcher.close()
+    remote.close()

@@ -38,13 +38,18 @@ INDEX_FILE, LOCK_FILE, OPENING_FILE = ".comoe-cache", ".comoe-lock", ".comoe-ope
 LIMIT_FILE = "limit"
 MAGIC = b"COMOECA1"
 HEADER = struct.Struct("<8sQ")  # magic, extents
-ENTRY = np.dtype([("here", "u1"), ("pad", "V3"), ("value", "<f4"), ("used", "<f8")])
+ENTRY = np.dtype(
+    [("here", "u1"), ("pulled", "u1"), ("pad", "V2"), ("value", "<f4"), ("used", "<f8")]
+)
 FREE_SHARE = 0.05  # of the disk that the cache leaves free where no limit was set
 ROOM = (
     0.02  # of the limit that is freed beyond what is needed, so that it is not asked for each time
 )
 HALF_LIFE = 7 * 86400.0  # seconds without use in which what an extent is worth halves
 LEAST_WORTH = 1e-3
+PULLED = (
+    2.0  # worth of what was pulled: as much as what a plan always holds (comoe/runtime/remote.py)
+)
 PUNCH = 0x01 | 0x02  # FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE
 
 
@@ -132,9 +137,9 @@ class StoreCache:
         """float [n]: what keeping each is worth, from now on; the least worth goes first."""
         self._entries["value"][:] = values
 
-    def raise_value(self, which: np.ndarray, value: float) -> None:
-        """They are worth at least `value` from now on."""
-        self._entries["value"][which] = np.maximum(self._entries["value"][which], value)
+    def pulled(self, which: np.ndarray) -> None:
+        """They were asked for by name, and are worth at least PULLED from now on."""
+        self._entries["pulled"][which] = 1
 
     def used(self, which: np.ndarray | int) -> None:
         self._entries["used"][which] = time.time()
@@ -212,7 +217,8 @@ class StoreCache:
         entries = self._entries[here]
         age = np.clip(now - entries["used"], 0, None)
         # What is worth nothing to its policy goes by age alone.
-        return here, (entries["value"] + LEAST_WORTH) * 0.5 ** (age / HALF_LIFE)
+        value = np.maximum(entries["value"], PULLED * entries["pulled"])
+        return here, (value + LEAST_WORTH) * 0.5 ** (age / HALF_LIFE)
 
     def punch(self, which: int) -> int:
         """Gives an extent's bytes back to the disk; returns how many."""

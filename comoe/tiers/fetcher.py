@@ -73,6 +73,13 @@ class Fetcher:
         """bool [n]: which of these records' bytes are not in the cache."""
         return ~self._cache.is_here_each(self._extent_of[records])
 
+    def tell_worth(self, values: np.ndarray, here: np.ndarray) -> None:
+        """values: float [records], what keeping each in the cache is worth.  here: bool [records], those in use."""
+        worth = np.zeros(len(self._cache.extents), np.float32)
+        worth[self._extent_of] = values
+        self._cache.value(worth)
+        self._cache.used(self._extent_of[here])
+
     def _work(self) -> None:
         while True:
             taken = self._engine.remote_take(TAKE_SECONDS, GAP, MOST_BYTES, OTHERS)

@@ -2,7 +2,7 @@
 
 The standard library's client reads straight into our buffer. One connection to nginx on loopback, 1 MiB
 ranges: 1.99 GB/s; urllib3 1.68, httpx2 0.51, fsspec's own (aiohttp) 0.45; at 64 KiB 0.28, 0.22, 0.12 and 0.12
-(bench/bench_http_client.py). And it shows its socket, so that a watchdog can end what a server drags out.
+(bench/bench_remote.py). And it shows its socket, so that a watchdog can end what a server drags out.
 """
 
 from __future__ import annotations

@@ -17,7 +17,6 @@ from comoe.tiers.remote_store import RemoteStore
 THREADS = 4
 GAP = 64 << 10  # as fetcher.py
 MOST_BYTES = 4 << 20
-PULLED = 1.0  # worth of what was asked for by name, to the cache
 
 
 @dataclass(frozen=True)
@@ -58,6 +57,7 @@ def pull(
     what is wanted.
     """
     names = remote.store.levels.names
+    up_to = up_to and up_to.removeprefix("bits")
     if up_to is not None and up_to not in names:
         raise ValueError(f"--up-to: expected one of {', '.join(names)}, got {up_to!r}")
     begin = time.perf_counter()
@@ -79,7 +79,7 @@ def pull(
         cache.forget(which)
         return False
 
-    cache.raise_value(wanted, PULLED)
+    cache.pulled(wanted)
     with ThreadPoolExecutor(THREADS) as pool:
         try:
             whole = np.array(list(pool.map(is_whole, wanted.tolist())), bool)

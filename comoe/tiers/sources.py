@@ -386,6 +386,8 @@ class Sources:
     def close(self) -> None:
         """Ends what is under way."""
         with self._wake:
+            if self._closed:
+                return
             self._closed = True
             self._wake.notify_all()
             running = [one.transfer for one in self._running.values()]
