@@ -138,9 +138,14 @@ def main() -> None:
         "--torch-threads", action="store_true", help="inside torch's OpenMP, not the native pool"
     )
     parser.add_argument(
+        "--hot", action="store_true", help="the same experts again and again: what computing takes"
+    )
+    parser.add_argument(
         "--write", action="store_true", help="append rows to bench/results/expert_ffn.csv"
     )
     args = parser.parse_args()
+    if args.hot and args.write:
+        parser.error("--write: the table is of cold weights; leave --hot out")
     threads.share_torch_threads() if args.torch_threads else threads.use_own_threads()
     rng = np.random.default_rng(0)
     arena = Arena(COLD_BYTES + (1 << 20))
@@ -182,7 +187,7 @@ def main() -> None:
                 ):
                     for _ in range(calls):
                         chosen = [experts[(state["expert"] + i) % len(experts)] for i in range(num)]
-                        state["expert"] += num
+                        state["expert"] += 0 if args.hot else num
                         # Not through the wrapper: the runtime calls this from C++.
                         _C.expert_ffn(
                             chosen, tokens, pairs, 0, 0.0, 0.0, x.data_ptr(), DTYPES[x.dtype],

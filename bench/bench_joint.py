@@ -112,7 +112,7 @@ def contenders(dst: str, memory: int) -> list[Contender]:
     made.append(Contender("joint, resident", comoe.load(dst, memory=memory, quality="resident")))
     for quality in QUALITIES:
         made.append(Contender(f"joint, {quality}", comoe.load(dst, memory=memory, quality=quality)))
-    for loss in (0.0005, 0.1):
+    for loss in (0.0002, 0.0005, 0.004, 0.1):
         made.append(Contender(f"joint, {loss:g}", comoe.load(dst, memory=memory, quality=loss)))
     for contender in made:
         # Each runtime would count the others' memory as taken from its own budget.

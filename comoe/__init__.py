@@ -20,14 +20,24 @@ _EXPORTS = {
     "load": "comoe.loading",
     "load_tokenizer": "comoe.loading",
     "offload": "comoe.loading",
+    "open_url": "comoe.loading",
     "pack": "comoe.packing",
     "register": "comoe.loading",
 }
-__all__ = ["CoMoEConfig", "__version__", "load", "load_tokenizer", "offload", "pack", "register"]
+__all__ = [
+    "CoMoEConfig",
+    "__version__",
+    "load",
+    "load_tokenizer",
+    "offload",
+    "open_url",
+    "pack",
+    "register",
+]
 
 if TYPE_CHECKING:
     from comoe.config import CoMoEConfig
-    from comoe.loading import load, load_tokenizer, offload, register
+    from comoe.loading import load, load_tokenizer, offload, open_url, register
     from comoe.packing import pack
 
 

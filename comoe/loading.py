@@ -5,10 +5,15 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from comoe.config import CoMoEConfig, parse_bytes
+from comoe.tiers.urls import is_url
+
+if TYPE_CHECKING:
+    from comoe.tiers.remote_store import RemoteStore
 
 
 def register() -> None:
@@ -22,12 +27,19 @@ def register() -> None:
 
 
 def load(
-    path: str | os.PathLike, memory: str | int | None = None, *, exact: bool = False, **options: Any
+    path: str | os.PathLike | RemoteStore,
+    memory: str | int | None = None,
+    *,
+    exact: bool = False,
+    sources: Sequence[str] = (),
+    **options: Any,
 ):
     """A transformers model that keeps within `memory`, beside the interpreter's own baseline.
 
     path: a folder made by `comoe pack`, an unpacked checkpoint folder, or a hub id; the last two are
-    packed into a cache on first use.
+    packed into a cache on first use. Or the URL of a packed folder on any server (docs/remote.md),
+    or what `open_url` returned for it, which the model then closes.
+    sources: URLs of other places that have the same packed folder, beside `path`, which is one then.
     memory: bytes, or a size such as "4.7GB": dense weights, KV cache, experts and workspace. None: what
     the machine has available now.
     exact: use only the original weights, so that the tokens are those of plain transformers.
@@ -39,19 +51,56 @@ def load(
     """
     dtype = options.pop("dtype", "auto")
     config = CoMoEConfig.create(memory=memory, exact=exact, **options)
-    folder = packed_folder(path)
     register()
     from comoe.hf.load import load_packed
 
-    return load_packed(folder, config, dtype)
+    if is_url(path) or is_open(path):
+        remote = open_url(path, sources) if is_url(path) else path
+        try:
+            with remote.loading():
+                return load_packed(remote.folder, config, dtype)
+        except BaseException:
+            remote.close()
+            raise
+    if sources:
+        raise ValueError(f"sources: expected none beside a folder; {path} is not a URL")
+    return load_packed(packed_folder(path), config, dtype)
+
+
+def open_url(
+    url: str,
+    sources: Sequence[str] = (),
+    *,
+    progress: Callable[[int, int], None] | None = None,
+    dense: bool = True,
+) -> RemoteStore:
+    """The packed folder at a URL, opened: what is beside the experts is in the local cache afterwards.
+
+    sources: URLs of other places that have the same.  progress(done, total): bytes fetched; None: a line on
+    standard error.  dense: with False, only what describes the experts. Close it, or give it to `load`.
+    """
+    from comoe.tiers.remote_store import RemoteStore
+
+    report = progress or _print_progress("fetched what is beside the experts")
+    remote = RemoteStore.open(list(dict.fromkeys([url, *sources])), progress=report, dense=dense)
+    if remote.offline:
+        print(
+            f"comoe: no source answers ({remote.offline}); using what is in {remote.folder}",
+            file=sys.stderr,
+        )
+    return remote
 
 
 def load_tokenizer(path: str | os.PathLike):
-    """The tokenizer of a packed or unpacked folder, or of a hub id."""
+    """The tokenizer of a packed or unpacked folder, of a hub id, or of a packed folder's URL."""
     from transformers import AutoTokenizer
 
     from comoe.packing import TOKENIZER_FILES
 
+    if is_url(path):
+        remote = open_url(path)
+        remote.close()
+        path = remote.folder
     # transformers makes an empty tokenizer where it finds no file.
     folder = Path(path)
     if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
@@ -81,6 +130,11 @@ def offload(
     return offload_model(model, config, None if folder is None else Path(folder))
 
 
+def is_open(path: object) -> bool:
+    """Whether it is what `open_url` returns."""
+    return hasattr(path, "loading")
+
+
 def packed_folder(path: str | os.PathLike) -> Path:
     """The packed folder for `path`: itself, or one in the cache, which is packed first if need be."""
     from comoe.packing import is_packed, pack
@@ -94,7 +148,7 @@ def packed_folder(path: str | os.PathLike) -> Path:
     if not is_packed(packed):
         print(f"comoe: packing {folder} into {packed} (once)", file=sys.stderr)
         packed.parent.mkdir(parents=True, exist_ok=True)
-        pack(folder, packed, progress=_print_progress)
+        pack(folder, packed, progress=_print_progress("packed"))
     return packed
 
 
@@ -129,9 +183,9 @@ def _fingerprint(folder: Path) -> str:
     return hashlib.sha256(repr((str(folder.resolve()), stats)).encode()).hexdigest()[:12]
 
 
-def _print_progress(done: int, total: int) -> None:
-    print(
-        f"\rcomoe: packed {done / max(total, 1):6.1%}",
-        end="\n" if done >= total else "",
-        file=sys.stderr,
-    )
+def _print_progress(what: str) -> Callable[[int, int], None]:
+    def show(done: int, total: int) -> None:
+        end = "\n" if done >= total else ""
+        print(f"\rcomoe: {what} {done / max(total, 1):6.1%}", end=end, file=sys.stderr)
+
+    return show

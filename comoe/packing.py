@@ -88,6 +88,7 @@ def pack(
     mark = checkpoint.fingerprint()
     if dst.exists() and not overwrite:
         if _same_pack(dst, mark):
+            _complete(dst)
             return dst
         raise PackError(
             f"pack: {dst} exists and is not a pack of this checkpoint; choose another folder or overwrite it "
@@ -199,6 +200,7 @@ class _Packing:
     def _write_experts(self) -> None:
         from comoe.hf.convert import to_arrays
         from comoe.store import StoreWriter
+        from comoe.store.sums import file_sums
 
         def arrays(block_idx: int) -> Iterator:
             yield from to_arrays(self.checkpoint.load_experts(block_idx))
@@ -213,6 +215,7 @@ class _Packing:
             source=self.checkpoint.folder.name,
             dense_bytes=self.checkpoint.dense_bytes,
             fingerprint=self.mark,
+            files=file_sums(self.folder),
         )
 
 
@@ -225,6 +228,15 @@ def _same_pack(dst: Path, mark: str) -> bool:
         return Store.open(dst).manifest.extra.get("fingerprint") == mark
     except StoreError:
         return False
+
+
+def _complete(dst: Path) -> None:
+    """Adds the checksums of the files beside the experts, which older versions did not write."""
+    from comoe.store import Store
+    from comoe.store.sums import FILES_KEY, add_file_sums
+
+    if FILES_KEY not in Store.open(dst).manifest.extra:
+        add_file_sums(dst)
 
 
 @contextlib.contextmanager

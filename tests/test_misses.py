@@ -5,6 +5,7 @@ import pytest
 
 from comoe.policy.goal import QUALITIES, Goal, parse_quality
 from comoe.policy.misses import (
+    SENT,
     SKIP,
     AdapMoE,
     Chosen,
@@ -97,6 +98,74 @@ def test_nothing_here_is_read_or_left_out():
     assert out.tolist() == [SKIP, 0]
     cheap = least_cost(1e-9, skip=np.full(4, 1.0)).decide(chosen([-1, 0]))
     assert cheap.tolist() == [3, 3]
+
+
+def with_more(rule, **changes):
+    for name, value in changes.items():
+        setattr(rule, name, value)
+    return rule
+
+
+class There:
+    """A machine that computes every expert at a level, in so many seconds a call."""
+
+    def __init__(self, seconds, level=3, available=True):
+        self.level, self.available = np.full(4, level), available
+        self.seconds = lambda tokens: seconds
+
+
+@pytest.mark.parametrize("price", [0.01, 0.3, 1.0, 10.0])
+@pytest.mark.parametrize("call", [0.01, 0.2, 3.0])
+@pytest.mark.parametrize("latency", [0.0, 0.1, 2.0])
+def test_with_another_machine_it_is_still_the_least_of_all_choices(price, call, latency):
+    """Against every combination of the three ways for four experts."""
+    import itertools
+
+    weights, resident = np.array([0.9, 0.5, 0.3, 0.1]), np.array([-1, 0, 0, 1])
+    loss, skip = np.array([0.4, 0.1, 0.02, 0.0]), np.full(4, 1.5)
+    rule = with_more(least_cost(price, latency, skip), elsewhere=There(call, level=2))
+    got = rule.decide(chosen(resident, weights=weights))
+
+    def cost(choice):
+        total = price * (latency * any(c > r for c, r in zip(choice, resident, strict=True)))
+        total += price * call * any(c == SENT for c in choice)
+        for c, r, w in zip(choice, resident, weights, strict=True):
+            if c == SENT:
+                total += w * w * loss[2]
+            elif c == SKIP:
+                total += w * w * 1.5
+            else:
+                total += w * w * loss[c] + price * max(100 * (c - r), 0) / 1000
+        return total
+
+    ways = [[SENT, SKIP, *range(max(r, 0), 4)] for r in resident]
+    best = min(cost(choice) for choice in itertools.product(*ways))
+    assert cost(got) <= best * 1.1 + 1e-9
+    if latency == 0 or call == 0.01:
+        assert cost(got) == pytest.approx(best)
+
+
+def test_who_is_not_there_is_not_asked():
+    away = with_more(least_cost(1.0), elsewhere=There(0.0, available=False))
+    assert SENT not in away.decide(chosen([-1, 0, 0, 0])).tolist()
+    here = with_more(least_cost(1.0), elsewhere=There(0.0))
+    assert here.decide(chosen([-1, 0, 0, 3])).tolist() == [SENT, SENT, SENT, 3]
+    lacks = with_more(least_cost(1.0), elsewhere=There(0.0, level=-1))
+    assert SENT not in lacks.decide(chosen([-1, 0, 0, 3])).tolist()
+
+
+def test_what_comes_too_late_is_not_waited_for():
+    """0.25 s at 1,000 bytes/s: 250 bytes for all together, to the expert with the largest weight first."""
+    free = least_cost(1e-9)
+    assert free.decide(chosen([0, 0])).tolist() == [3, 3]
+    short = with_more(least_cost(1e-9), deadline=0.25)
+    assert short.decide(chosen([0, 0], weights=[0.2, 0.9])).tolist() == [0, 2]
+    assert short.decide(chosen([0, 1], weights=[0.2, 0.9])).tolist() == [0, 3]
+    assert with_more(short, latency=0.2).decide(chosen([0, 0])).tolist() == [0, 0]
+    # Nothing is here and nothing may be left out: the least that computes, however late.
+    assert with_more(short, latency=0.0, deadline=0.05).decide(chosen([-1, 0])).tolist() == [0, 0]
+    out = with_more(least_cost(1e-9, skip=np.full(4, 2.0)), deadline=0.05)
+    assert out.decide(chosen([-1, 0])).tolist() == [SKIP, 0]
 
 
 def test_levels_that_do_not_exist_are_not_chosen():

@@ -50,7 +50,8 @@ def test_one_token():
     assert rule.chosen.resident.tolist() == [3, 0, -1, 2]
     assert rule.chosen.rank_mass == pytest.approx([0, 0.4, 0.7, 0.9])
     assert rule.chosen.weights == pytest.approx([0.4, 0.3, 0.2, 0.1])
-    new_index, levels = decided
+    new_index, levels, sent = decided
+    assert not sent.size
     assert new_index.tolist() == [[5, 1, E, 3]]
     assert levels[[5, 1, 3]].tolist() == [3, 0, 3] and levels[7] == 3
     assert (handler.waited, handler.coarser, handler.skipped) == (1, 1, 1)

@@ -8,9 +8,10 @@ from typing import Annotated, Any
 
 import typer
 
-from comoe.cli import aggregation, planning, tables
+from comoe.cli import aggregation, planning, remote, serving, tables
 from comoe.cli.common import bytes_bar, count_bar, output, quiet_transformers
 from comoe.config import CoMoEConfig, parse_bytes
+from comoe.tiers.urls import is_url, redacted
 
 Json = Annotated[
     bool, typer.Option("--json", help="Print the result as JSON, and nothing else, to stdout.")
@@ -18,7 +19,8 @@ Json = Annotated[
 Model = Annotated[
     str,
     typer.Argument(
-        metavar="DST", help="A packed folder (comoe pack), an unpacked one, or a hub id."
+        metavar="DST",
+        help="A packed folder (comoe pack), its URL (https://..., hf://..., s3://...), an unpacked one, or a hub id.",
     ),
 ]
 Memory = Annotated[
@@ -45,6 +47,14 @@ LatencyTarget = Annotated[
     float | None,
     typer.Option("--latency-target", metavar="MS", help="Milliseconds that a token may take."),
 ]
+RoutingTolerance = Annotated[
+    float,
+    typer.Option(
+        "--routing-tolerance",
+        help="Cache-aware routing: experts in memory are taken for missing ones whose router logit is at most so "
+        "much higher. 0: never.",
+    ),
+]
 NoVerify = Annotated[
     bool,
     typer.Option(
@@ -63,11 +73,14 @@ def add_to(app: typer.Typer) -> None:
         run,
         evaluate,
         inspect,
+        remote.pull,
+        remote.cache,
         planning.plan,
         trace,
         doctor,
     ):
         app.command("eval" if command is evaluate else command.__name__)(command)
+    app.command("serve-experts")(serving.serve_experts)
 
 
 def show_version(wanted: bool) -> None:
@@ -97,8 +110,11 @@ def load(
     verify: bool = True,
     quality: str | None = None,
     latency_target: float | None = None,
+    source: list[str] | None = None,
+    **more: Any,
 ) -> tuple[Any, Any]:
-    """The model and its tokenizer; says in one line (stderr) what was decided."""
+    """The model and its tokenizer; says in one line (stderr) what was decided. source: URLs of other places
+    that have the same store as the URL `path`.  more: fields of CoMoEConfig."""
     quiet_transformers()
     # Checked before torch is loaded: a misspelt size should not take seconds to be refused.
     budget = None if memory is None else parse_bytes(memory, "--memory")
@@ -108,6 +124,7 @@ def load(
         "verify": verify,
         "quality": quality,
         "latency": None if latency_target is None else latency_target / 1e3,
+        **more,
     }
     CoMoEConfig.create(**options)
     import comoe
@@ -118,8 +135,16 @@ def load(
 
         torch.set_num_threads(threads)
     warm_up()
-    tokenizer = comoe.load_tokenizer(path)
-    model = comoe.load(path, memory=budget, **options)
+    if source and not is_url(path):
+        raise ValueError(f"--source: expected none beside a folder; {path} is not a URL")
+    opened = remote.open_remote(path, source) if is_url(path) else None
+    try:
+        tokenizer = comoe.load_tokenizer(opened.folder if opened else path)
+        model = comoe.load(opened or path, memory=budget, **options)
+    except BaseException:
+        if opened:
+            opened.close()
+        raise
     print(f"comoe: {model.comoe.describe()}", file=sys.stderr)
     return model, tokenizer
 
@@ -200,6 +225,7 @@ def run(
     exact: Exact = False,
     quality: Quality = None,
     latency_target: LatencyTarget = None,
+    routing_tolerance: RoutingTolerance = 0.0,
     max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", help="Most new tokens.")] = 128,
     temperature: Annotated[
         float, typer.Option("--temperature", help="0: the likeliest token each time.")
@@ -207,17 +233,31 @@ def run(
     seed: Annotated[int | None, typer.Option("--seed", help="Of the sampling.")] = None,
     threads: Threads = 0,
     no_verify: NoVerify = False,
+    source: remote.Sources = None,
+    expert_server: serving.ExpertServer = None,
+    expert_token_file: serving.ExpertTokenFile = None,
     as_json: Json = False,
 ) -> None:
     """Continue a text, keeping within a memory budget.
 
     Example:  comoe run ./qwen3-packed -p "The ladder has" --memory 4.7GB
+    Example:  comoe run https://host/models/qwen3-packed -p "The ladder has" --memory 2GB
     Example:  comoe run ./qwen3-packed -p "The ladder has" --memory 3GB --quality high
     """
     text = sys.stdin.read() if prompt == "-" else prompt
     with output(as_json) as emit:
         model, tokenizer = load(
-            path, memory, exact, threads, not no_verify, quality, latency_target
+            path,
+            memory,
+            exact,
+            threads,
+            not no_verify,
+            quality,
+            latency_target,
+            source,
+            routing_tolerance=routing_tolerance,
+            expert_server=expert_server,
+            expert_token_file=expert_token_file,
         )
         from comoe.generate import generate_text
 
@@ -248,6 +288,7 @@ def run(
             "plan",
         )
         figures |= {name: stats[name] for name in names}
+        figures |= {name: stats[name] for name in ("remote", "network") if name in stats}
         model.comoe.close()
         if as_json:
             emit(figures)
@@ -289,6 +330,7 @@ def evaluate(
         Path | None, typer.Option("--plot", help="Of --sweep: the PNG to draw.")
     ] = None,
     threads: Threads = 0,
+    source: remote.Sources = None,
     as_json: Json = False,
 ) -> None:
     """Measure what a budget costs: perplexity, bits per byte, KL and top-1 agreement against exact.
@@ -321,13 +363,15 @@ def evaluate(
         content = read_text(text[0])
         import comoe
 
+        if is_url(path):  # what is beside the experts, once for all that is loaded below
+            remote.open_remote(path, source).close()
         tokenizer = comoe.load_tokenizer(path)
 
         def load_for(use_exact: bool) -> Any:
             # The reference may have what is free: its memory is not reported.
             if use_exact != exact:
-                return load(path, None, use_exact, threads)[0]
-            return load(path, memory, exact, threads, quality=quality)[0]
+                return load(path, None, use_exact, threads, source=source)[0]
+            return load(path, memory, exact, threads, quality=quality, source=source)[0]
 
         with count_bar("evaluating") as update:
             result = measure(
@@ -358,19 +402,28 @@ def evaluate(
             tables.show_evaluation(result)
 
 
-def inspect(path: Annotated[Path, typer.Argument(metavar="DST")], as_json: Json = False) -> None:
+def inspect(
+    path: Annotated[str, typer.Argument(metavar="DST", help="A packed folder, or its URL.")],
+    as_json: Json = False,
+) -> None:
     """Show what is inside a packed folder, and the bytes of each rung.
 
     Example:  comoe inspect ./qwen3-packed
+    Example:  comoe inspect https://host/models/qwen3-packed
     """
     from comoe.store import inspect as inspect_store
 
     with output(as_json) as emit:
-        summary = inspect_store(path)
+        shown = Path(path)
+        if is_url(path):
+            opened = remote.open_remote(path, None, dense=False)
+            shown = opened.folder
+            opened.close()
+        summary = inspect_store(shown)
         if as_json:
             emit(summary)
         else:
-            tables.show_store(path, summary)
+            tables.show_store(redacted(path) if is_url(path) else path, summary)
 
 
 def trace(

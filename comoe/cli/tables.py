@@ -31,7 +31,7 @@ def run_line(figures: dict[str, Any]) -> str:
     )
 
 
-def show_store(path: Path, summary: dict[str, Any]) -> None:
+def show_store(path: Path | str, summary: dict[str, Any]) -> None:
     console = _console()
     table = Table(
         title=f"{escape(str(path))} (store version {summary['version']})", title_justify="left"

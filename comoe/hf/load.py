@@ -19,6 +19,7 @@ from comoe.hf.sizes import experts_per_token, model_sizes
 from comoe.runtime.budget import Step
 from comoe.runtime.runtime import Runtime
 from comoe.store import Store
+from comoe.tiers.remote_store import RemoteStore
 
 # Layers ahead: with two the disk idles 9 ms a token where with one it idles 14, of 80 (random text, a third of the
 # experts resident); three and four measured the same.
@@ -39,8 +40,10 @@ def start_runtime(
     config: CoMoEConfig,
     baseline: int,
     on_close: Callable[[], None] = lambda: None,
+    remote: RemoteStore | None = None,
 ) -> Runtime:
-    """Binds `blocks`, whose weights lie in `store`, to a new Runtime and hangs it on the model."""
+    """Binds `blocks`, whose weights lie in `store`, to a new Runtime and hangs it on the model. remote: what
+    `store` is the local copy of; it is closed with the Runtime."""
 
     def close() -> None:
         detach(blocks)
@@ -56,6 +59,7 @@ def start_runtime(
         baseline=baseline,
         experts_per_token=k,
         predictor=NextGate(model, blocks, k, DEPTH),
+        remote=remote,
         on_close=close,
     )
     attach(blocks, runtime)

@@ -97,6 +97,7 @@ class CoMoEQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         from comoe.hf.load import start_runtime
         from comoe.store import Store
+        from comoe.tiers.remote_store import current
 
         folder = self._folder / STORE_FOLDER
         if not folder.is_dir():
@@ -105,9 +106,10 @@ class CoMoEQuantizer(HfQuantizer):
                 "from its whole folder; for a hub id use comoe.load, which downloads all of it."
             )
         config = self.quantization_config.comoe_config()
+        remote = current(self._folder)
         store = Store.open(folder, verify=config.verify)
         check_store(store, self._blocks, self._folder)
-        start_runtime(model, self._blocks, store, config, self._baseline)
+        start_runtime(model, self._blocks, store, config, self._baseline, remote=remote)
         refuse_saving(model, f"copy the folder {self._folder} instead")
         self.quantization_config.options = {}
         return model

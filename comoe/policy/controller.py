@@ -172,6 +172,19 @@ class Controller:
             return None
         return self._decide("the text uses other experts", self.plan, plan)
 
+    def path_changed(self, snapshot: Snapshot, reason: str) -> Decision | None:
+        """Another plan, if the way to where experts lie has become another one: its figures are believed
+        at once, also when they are better."""
+        if self._costs_of is None or not hasattr(self.planner, "situation"):
+            return None
+        self._time = max(self._time, snapshot.time)
+        self._costs = self._costs_of(snapshot)
+        self._bandwidth.reset(self._costs.bandwidth)
+        plan, missed = self._make_nearest(self.plan.pool_bytes)
+        if _alike(plan, self.plan):
+            return None
+        return self._decide("; ".join([reason, *missed]), self.plan, plan)
+
     def _pool_for(self, snapshot: Snapshot, held: int) -> tuple[int, str]:
         """Bytes of pool to plan with, and why they are others than now ("": they are not)."""
         now = self.plan.pool_bytes

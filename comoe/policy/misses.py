@@ -1,4 +1,5 @@
-"""What to do about experts of which something is missing: wait, use what is here, or leave them out.
+"""What to do about experts of which something is missing: wait, use what is here, have them computed where
+they lie, or leave them out.
 
 A rule is asked once per layer, with all experts that the router has chosen there. Everything is decided
 from what is resident at that moment; the gate weight of an expert is what its output counts.
@@ -11,7 +12,9 @@ from typing import Protocol
 
 import numpy as np
 
-SKIP = -1
+from comoe.policy.elsewhere import Elsewhere
+
+SKIP, SENT = -1, -2
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,8 @@ class Chosen:
 
 class MissRule(Protocol):
     def decide(self, chosen: Chosen) -> np.ndarray:
-        """int64 [n]: the coarsest level to compute at; above `resident` it is waited for; SKIP: left out."""
+        """int64 [n]: the coarsest level to compute at; above `resident` it is waited for; SKIP: left out;
+        SENT: another machine computes it."""
         ...
 
 
@@ -94,12 +98,13 @@ class SkipLight:
 
 
 class LeastCost:
-    """The level with the least gate-weighted loss + price * time to wait.
+    """The choice with the least gate-weighted loss + price * time.
 
     A use of expert x at level l with gate weight g loses loss[x, l] / use[x] * g^2 / E[g^2], all three as
-    measured; waiting costs the reading of what is missing, and once per layer the latency of waiting at
-    all. `price` is the planner's multiplier of its time limit, in nats per second: what the rule gives
-    away for time is worth as much as what the plan gave away.
+    measured. Waiting costs the reading of what is missing, and once per layer the latency of waiting at
+    all; sending activations away costs the call, once per layer (elsewhere.py). `price` is the planner's multiplier of its
+    time limit, in nats per second: what the rule gives away for time is worth as much as what the plan gave
+    away. What cannot be here before `deadline` is not waited for, unless there is no other way to compute.
     """
 
     def __init__(
@@ -113,16 +118,20 @@ class LeastCost:
         bandwidth: float,
         latency: float,
         skip_loss: np.ndarray | None = None,
+        deadline: float = np.inf,
+        elsewhere: Elsewhere | None = None,
     ):
         """loss: float [X, L] nats per token, nan or inf: no such level.  weight: float [X], gate weight
         squared per token, use * E[g^2] of a use, at the uses for which the losses hold.  bytes_at: int64 [X, L].  step_bytes: int64 [X, L, L],
         what level j needs beside the records of level i.  skip_loss: float [X], nats per token if the
-        expert is always left out; None: it never is.  bandwidth: bytes/s.  latency: seconds."""
+        expert is always left out; None: it never is.  bandwidth: bytes/s.  latency, deadline: seconds.
+        elsewhere: a machine that computes experts; None: there is none."""
         per_square = 1.0 / np.maximum(weight, 1e-12)
         self._loss = np.where(np.isfinite(loss), loss * per_square[:, None], np.inf)
         self._skip = None if skip_loss is None else skip_loss * per_square
         self._bytes, self._steps = bytes_at, step_bytes
         self.price, self.bandwidth, self.latency = price, bandwidth, latency
+        self.deadline, self.elsewhere = deadline, elsewhere
 
     @property
     def tables(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -136,16 +145,64 @@ class LeastCost:
         cost = self._loss[x] * square[:, None] + self.price / self.bandwidth * missing
         levels = np.arange(cost.shape[1])
         cost[(levels > chosen.low[:, None]) | (levels < here[:, None])] = np.inf
-        best = cost.argmin(1)
         # To compute with what is here, or to leave out, costs no time.
         stay, stay_cost = here, np.where(here >= 0, self._loss[x, here] * square, np.inf)
         if self._skip is not None:
             skip_cost = self._skip[x] * square
             stay = np.where(skip_cost < stay_cost, SKIP, stay)
             stay_cost = np.minimum(skip_cost, stay_cost)
-        gain = stay_cost - cost[rows, best]
-        waits = gain > 0
-        if gain[waits].sum() <= self.price * self.latency:
-            waits[:] = False  # all who wait share the price of waiting at all
+        if self.deadline < np.inf:
+            self._in_time(cost, missing, levels > here[:, None], stay_cost)
+        best = cost.argmin(1)
+        wait_cost = cost[rows, best]
+        wait_price = self.price * self.latency
+        # All who wait share the price of waiting at all, all who are sent that of the call.
+        waits = wait_cost < stay_cost
+        if (stay_cost - wait_cost)[waits].sum() <= wait_price:
+            waits[:] = False
         # An expert that is here at a finer level than planned is computed at the finer one anyway.
-        return np.where(waits, best, np.minimum(stay, chosen.low))
+        decided = np.where(waits, best, np.minimum(stay, chosen.low))
+        sent_cost = self._sent_cost(chosen, square)
+        if sent_cost is None:
+            return decided
+        call_price = self.price * self.elsewhere.seconds(chosen.tokens)
+        total = np.where(waits, wait_cost, stay_cost).sum() + wait_price * waits.any()
+        # All that is worth sending where nothing is waited for, and where something is.
+        would_wait = wait_cost < stay_cost
+        for waiting in (False, True):
+            others = np.where(waiting & would_wait, wait_cost, stay_cost)
+            sent = sent_cost < others
+            late = waiting & would_wait & ~sent
+            price = call_price + wait_price * late.any()
+            sum_of = np.where(sent, sent_cost, others).sum() + price
+            if sent.any() and (sum_of < total or not np.isfinite(total)):
+                total = sum_of
+                decided = np.where(late, best, np.minimum(stay, chosen.low))
+                decided = np.where(sent, SENT, decided)
+        return decided
+
+    def _in_time(
+        self, cost: np.ndarray, missing: np.ndarray, waits: np.ndarray, stay_cost: np.ndarray
+    ) -> None:
+        """Takes out of cost [n, L] what does not come before the deadline; all of a layer share the link. What
+        gains most comes first. An expert with no other way keeps its least."""
+        left = max(self.deadline - self.latency, 0.0) * self.bandwidth
+        gain = np.where(np.isfinite(stay_cost), stay_cost - cost.min(1), np.inf)
+        for i in np.argsort(-gain, kind="stable"):
+            late = waits[i] & (missing[i] > left)
+            if not np.isfinite(stay_cost[i]):
+                late[missing[i] == np.where(np.isfinite(cost[i]), missing[i], np.inf).min()] = False
+            cost[i, late] = np.inf
+            best = cost[i].argmin()
+            if np.isfinite(cost[i, best]) and waits[i, best] and cost[i, best] < stay_cost[i]:
+                left -= missing[i, best]
+
+    def _sent_cost(self, chosen: Chosen, square: np.ndarray) -> np.ndarray | None:
+        """float [n]: loss of what is missing at the level of the other machine; inf where it cannot."""
+        there = self.elsewhere
+        if there is None or not there.available:
+            return None
+        level = there.level[chosen.experts]
+        can = (level >= 0) & (chosen.resident < chosen.low)
+        loss = self._loss[chosen.experts, np.maximum(level, 0)]
+        return np.where(can, loss * square, np.inf)

@@ -109,8 +109,10 @@ def open_engine(
     io_threads: int,
     direct: bool,
     verify: bool,
+    remote: bool = False,
 ) -> tuple[_C.Engine, list[int]]:
-    """The engine over all of the store's records, and the number of each layer's first expert."""
+    """The engine over all of the store's records, and the number of each layer's first expert. remote: the
+    layer files are local copies with holes, and a Fetcher brings what is missing."""
     engine = _C.Engine(
         store.page_bytes,
         slab,
@@ -122,7 +124,8 @@ def open_engine(
     )
     first = []
     for layer_idx, layer in enumerate(store.layers):
-        file = engine.add_file(str(store.path(layer_idx)))
+        path = str(store.path(layer_idx))
+        file = engine.add_remote_file(path) if remote else engine.add_file(path)
         records = layer.records.reshape(-1)[table.owners[layer_idx]]
         engine.add_records(
             np.full(records.size, file, np.int32),

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -50,6 +51,9 @@ class Live:
         self.profile = InputProfile([spec.num_experts for spec in specs])
         self._sizes, self._layers = sizes, len(specs)
         self._dense_bytes, self._pool_bytes = dense_bytes, pool_bytes
+        self.network: Callable[[], Link] | None = (
+            None  # the present link, of experts that lie elsewhere
+        )
         self._dense = Smoothed()
         self._priced = False
         self._step_began: float | None = None
@@ -94,7 +98,10 @@ class Live:
 
     def costs(self, snapshot: Snapshot | None = None) -> Costs:
         """What things take, as far as this run has shown."""
-        link = (snapshot or self.monitor.poll()).tiers.get(TIER, FIRST_LINK)
+        if self.network is None:
+            link = (snapshot or self.monitor.poll()).tiers.get(TIER, FIRST_LINK)
+        else:
+            link = self.network()
         changes: dict = {"bandwidth": link.bandwidth.mean, "latency": link.latency.mean}
         if self._dense.estimate.samples:
             changes["dense"] = self._dense.estimate.mean
@@ -106,13 +113,20 @@ class Live:
         loss: float [X, L] nats per token at `use` float [X], as the planner has them."""
         if plan.resident or plan.price <= 0:
             return None
+        return self.least_cost(plan, loss, use, price=plan.price)
+
+    def least_cost(
+        self, plan: Plan, loss: np.ndarray, use: np.ndarray, *, price: float, **more: Any
+    ) -> LeastCost:
+        """The rule at `price` nats per second; arguments as of `rule`, more: of LeastCost."""
         costs = self.costs()
         return LeastCost(
             loss,
             np.maximum(use, LEAST_USE) * self.profile.mean_square(),
             self._sizes.bytes_at,
             self._sizes.step_bytes,
-            price=plan.price,
+            price=price,
             bandwidth=costs.bandwidth,
             latency=costs.latency,
+            **more,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from comoe import _C
-from comoe.policy.misses import SKIP, Chosen, LeastCost, MissRule
+from comoe.policy.misses import SENT, SKIP, Chosen, LeastCost, MissRule
 from comoe.policy.plan import Sizes
 
 RESIDENT = 2  # state of a record in the engine
@@ -13,20 +13,20 @@ _EARLIER = np.tri(256, k=-1, dtype=bool)
 
 
 def native_rule(rule: LeastCost) -> _C.LeastCost:
-    """The same, for the native half to ask."""
+    """The same, for the native half to ask; it knows neither deadlines nor other machines."""
     loss, nbytes, steps = rule.tables
     return _C.LeastCost(loss, nbytes, steps, rule.price, rule.bandwidth, rule.latency)
 
 
 class MissHandler:
-    """Of one model. `waited`, `coarser`, `skipped`: experts that rules decided about so far."""
+    """Of one model. `waited`, `coarser`, `skipped`, `sent`: experts that rules decided about so far."""
 
     def __init__(self, engine: _C.Engine, sizes: Sizes):
         self._engine, self._sizes = engine, sizes
         self._first = np.concatenate([[0], np.cumsum(sizes.num_experts)])
         self._masks = np.array(sizes.levels.masks, np.uint64)
         self._bits = np.uint64(1) << np.arange(sizes.records.shape[1], dtype=np.uint64)
-        self.waited = self.coarser = self.skipped = 0
+        self.waited = self.coarser = self.skipped = self.sent = 0
 
     def decide(
         self,
@@ -36,8 +36,9 @@ class MissHandler:
         weights: np.ndarray,
         low: np.ndarray,
         want: np.ndarray,
-    ) -> tuple[np.ndarray, np.ndarray] | None:
-        """(index, levels): experts left out have index E, and levels uint8 [E] are where compute may start.
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+        """(index, levels, sent): experts left out or sent have index E, levels uint8 [E] are where compute may
+        start, and sent int64 [n] are the experts that another machine computes.
         None: nothing that the plan aims at is missing, or all of it is waited for.
 
         index, weights: [T, K] of the layer.  low, want: uint8 [E] of the plan.
@@ -63,17 +64,44 @@ class MissHandler:
             len(index),
         )
         decided = rule.decide(chosen)
+        sent = decided == SENT
         skipped = decided == SKIP
+        away = sent | skipped
         self.waited += int((decided > resident).sum())
-        self.coarser += int(((decided < aimed) & ~skipped).sum())
+        self.coarser += int(((decided < aimed) & ~away).sum())
         self.skipped += int(skipped.sum())
+        self.sent += int(sent.sum())
         if (decided == aimed).all():
             return None
         levels = low.copy()
-        levels[experts] = np.where(skipped, aimed, decided)
-        if skipped.any():
-            index = np.where(np.isin(index, experts[skipped]), num_experts, index)
-        return index, levels
+        levels[experts] = np.where(away, aimed, decided)
+        if away.any():
+            index = np.where(np.isin(index, experts[away]), num_experts, index)
+        return index, levels, experts[sent]
+
+    def without_waiting(
+        self, layer_idx: int, index: np.ndarray, only: np.ndarray, want: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(index, levels) with what is here and nothing else: an expert of which no level is complete is left
+        out. only: int64 [n] experts to compute."""
+        num_experts = len(want)
+        resident = self._resident(self._first[layer_idx] + np.arange(num_experts), want)
+        computed = resident >= 0
+        computed &= np.isin(np.arange(num_experts), only)
+        inside = (index >= 0) & (index < num_experts)
+        left_out = ~computed[np.where(inside, index, 0)] & inside
+        asked = np.intersect1d(only, index)
+        self.skipped += int((resident[asked] < 0).sum())
+        levels = np.maximum(resident, 0).astype(np.uint8)
+        return np.where(left_out, num_experts, index), levels
+
+    def row_of(self, layer_idx: int, experts: np.ndarray) -> np.ndarray:
+        """Rows of the sizes for experts of a layer."""
+        return self._first[layer_idx] + experts
+
+    def finest_here(self, layer_idx: int, experts: np.ndarray, want: np.ndarray) -> np.ndarray:
+        """int64 [n]: of each expert the finest level at most `want` that is complete here, -1: none."""
+        return self._resident(self.row_of(layer_idx, experts), want)
 
     def _resident(self, rows: np.ndarray, want: np.ndarray) -> np.ndarray:
         """int64 [n]: the finest complete level at most `want`, -1: none."""

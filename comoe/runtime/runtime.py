@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -20,9 +21,11 @@ from comoe.policy.joint import GoalError, JointPlanner, Situation
 from comoe.policy.misses import MissRule
 from comoe.policy.plan import EvenPlanner, Plan, Planner, Sizes
 from comoe.policy.predictor import NoPredictor, Predictor, PrefetchGauge
+from comoe.policy.prefetch_gauge import TimedGauge
 from comoe.policy.snapshot import Snapshot
 from comoe.policy.upgrades import RecentUse, UpgradePolicy
 from comoe.runtime.budget import EXPERT_ROWS, LONG_STEP, Budget, ModelSizes, Step
+from comoe.runtime.elsewhere import ExpertsElsewhere
 from comoe.runtime.engine import (
     Records,
     RecordTable,
@@ -36,10 +39,16 @@ from comoe.runtime.engine import (
 from comoe.runtime.kept import Kept
 from comoe.runtime.live import Live
 from comoe.runtime.missing import MissHandler, native_rule
+from comoe.runtime.network import Network, best_link
 from comoe.runtime.prefill import forward_unpacked
 from comoe.runtime.reader_core import ReaderCore
+from comoe.runtime.remote import FETCH_BYTES, Remote
 from comoe.runtime.spec import ExpertsSpec
 from comoe.store import Store
+from comoe.store.identity import store_id
+from comoe.tiers.expert_client import ExpertClient
+from comoe.tiers.expert_token import read_token
+from comoe.tiers.remote_store import RemoteStore
 from comoe_kernels.expert_ffn import prefill_rows
 from comoe_kernels.threads import use_own_threads
 from comoe_kernels.unpack import DTYPES
@@ -48,11 +57,13 @@ PREFETCH, UPGRADE = 1, 2  # classes of transfers
 ABSENT, RESIDENT = 0, 2  # states of a record
 SCRATCH_BYTES = 1_000_000  # of the kernels; disk reads go straight into the pool's pages
 RECORD_BYTES = 400  # the engine's tables, per record
-UPGRADE_EVERY = 8  # steps between choices of experts that climb
+UPGRADE_EVERY = 16  # steps between choices of experts that climb; one takes 0.6 ms
 FOLLOW_EVERY = 64  # steps between plans for what the text uses
 PLANNING_SHARE = 0.01  # of the time that planning for the text may take
 KEPT_FREE = 0.01  # share of the machine's memory that is left to others
 NATIVE_GATE_TOKENS = 8  # more are a product for torch
+GIVING_UP = 5  # times that a layer is computed anew because what it waited for did not come
+_NONE = np.empty(0, np.int64)
 CALM_STEPS = 8  # steps without pressure before the pool takes back what it lent
 
 
@@ -64,9 +75,18 @@ def joint_planner(store: Store, sizes: Sizes, experts_per_token: int) -> JointPl
     return JointPlanner(losses["loss"], losses["use"], losses["floor"])
 
 
-def planner_of(store: Store, sizes: Sizes, config: CoMoEConfig, experts_per_token: int) -> Planner:
-    """For a goal the joint planner; else by the measured curve of an aggregated store, or all alike."""
-    if config.quality is not None or config.latency is not None:
+def planner_of(
+    store: Store,
+    sizes: Sizes,
+    config: CoMoEConfig,
+    experts_per_token: int,
+    *,
+    network: bool = False,
+) -> Planner:
+    """For a goal, and where misses are decided by their cost (network), the joint planner; else by the
+    measured curve of an aggregated store, or all alike."""
+    by_cost = network and not config.exact
+    if by_cost or config.quality is not None or config.latency is not None:
         return joint_planner(store, sizes, experts_per_token)
     losses = store.losses()
     if losses is None:
@@ -93,12 +113,14 @@ class Runtime:
         planner: Planner | None = None,
         upgrades: UpgradePolicy | None = None,
         cache: CachePolicy | None = None,
+        remote: RemoteStore | None = None,
         on_close: Callable[[], None] | None = None,
     ):
         self.store, self.specs, self.config = store, specs, config
         self.predictor = predictor or NoPredictor()
         self.upgrades = upgrades or RecentUse([spec.num_experts for spec in specs])
-        self.gauge = PrefetchGauge()
+        self.gauge: PrefetchGauge = TimedGauge()
+        self._step_began: float | None = None  # of a step whose time the gauge is told
         self._rule: MissRule | None = None
         self._experts_per_token = experts_per_token
         self._rising: np.ndarray | None = (
@@ -123,19 +145,25 @@ class Runtime:
 
         table = RecordTable(store)
         self.store_sizes = store_sizes(store, table)
-        self.planner = planner or planner_of(store, self.store_sizes, config, experts_per_token)
+        network = remote is not None or config.expert_server is not None
+        self.planner = planner or planner_of(
+            store, self.store_sizes, config, experts_per_token, network=network
+        )
         least = self.planner.least(self.store_sizes, exact=config.exact)
         largest = self.store_sizes.largest(least)
         in_full = self.store_sizes.total(store.levels.exact)
         floor = pool_floor(largest, in_full, store.page_bytes)
         total = memory.available() if config.memory is None else config.memory
         fixed = SCRATCH_BYTES + RECORD_BYTES * sum(layer.records.size for layer in store.layers)
+        fixed += FETCH_BYTES if remote is not None else 0
         self.budget = Budget(total, baseline, sizes, floor, fixed)
         planned = self.budget.planned_pool(config.max_context)
         self._slab_bytes = slab_bytes(
             min(planned, in_full + floor), largest, floor, store.page_bytes
         )
         self.live = Live(self.store_sizes, specs, sizes.dense, self._budget_pool())
+        if remote is not None:
+            self.live.network = lambda: best_link(remote.sources.links)
         self.controller = self._controller()
         self.plan = self.controller.plan
         self.engine, first = open_engine(
@@ -145,10 +173,21 @@ class Runtime:
             self._slab_bytes,
             io_threads=config.io_threads,
             direct=config.direct_io,
-            verify=config.verify,
+            verify=config.verify or remote is not None,
+            remote=remote is not None,
         )
+        self.network = None
+        if network and not config.exact:
+            links = None if remote is None else remote.sources.links
+            self.network = Network(self.engine, self.store_sizes, links, self._elsewhere())
+        self._complete = False  # all that the plan holds is here, so that nothing can be missing
+        # In force beside the plan; None: nothing is missing.
+        self._network_rule: MissRule | None = None
         self.records = Records(store, table)
         self.missing = MissHandler(self.engine, self.store_sizes)
+        self.remote = remote and Remote(
+            self.engine, remote, table, self.store_sizes, self.missing, least, config.exact
+        )
         self._op = _C.MoeOp(self.engine, list(store.levels.masks))
         for layer_idx, (spec, layer) in enumerate(zip(specs, store.layers, strict=True)):
             activation = spec.activation or "silu"
@@ -156,12 +195,24 @@ class Runtime:
             add_layer(self._op, layer, ids, first[layer_idx], activation, spec.alpha, spec.limit)
         self._policy = _C.MoePolicy(self.engine, self._op, cache is None, self.live.profile.decay)
         self.kept = Kept(self.engine, cache or self._policy, table.ids)
+        self._policy.set_tolerance(config.routing_tolerance)
+        self._routes = config.routing_tolerance > 0  # by what is resident
         for layer_idx, bits in enumerate(self.records.bits):
             self._policy.set_bits(layer_idx, bits)
         ends = np.cumsum([spec.num_experts for spec in specs])
         self._used = np.split(self._policy.used(), ends[:-1])  # views: level used + 1 in this step
         self._kernel_levels = kernel_levels(store.levels)
         self._install(self.plan)
+        if self.network is not None and not self._rule:
+            least = self.planner.least(self.store_sizes, exact=False)
+            self.network.wait_for(self.store_sizes.chosen(least), self.plan.pool_bytes)
+
+    def _elsewhere(self) -> ExpertsElsewhere | None:
+        """The machine of config.expert_server."""
+        if self.config.expert_server is None:
+            return None
+        client = ExpertClient(self.config.expert_server, read_token(self.config.expert_token_file))
+        return ExpertsElsewhere(client, store_id(self.store), self.specs, self.store.levels)
 
     # ---- computing ------------------------------------------------------------------------------
 
@@ -182,8 +233,7 @@ class Runtime:
             raise RuntimeError(
                 "experts_forward: this model's experts were closed; load the model again to use it"
             )
-        spec = self.specs[layer_idx]
-        tokens, k = top_k_index.shape
+        tokens = len(top_k_index)
         # An encoder runs before its model's own pass begins.
         per_layer = max(self._per_layer, tokens * self.budget.sizes.activations_per_token)
         if per_layer >= LONG_STEP:
@@ -197,10 +247,78 @@ class Runtime:
         if hidden.stride(-1) != 1:
             hidden = hidden.contiguous()
         index = top_k_index.to(torch.int64).contiguous()
+        local, low, sent = self._face_misses(layer_idx, index, top_k_weights)
+        call = None
+        if sent.size:
+            call = self.network.away.send(layer_idx, hidden, index, top_k_weights, sent)
+        if self.remote is None or self.config.exact or self._complete:
+            out = self._compute(layer_idx, hidden, local, top_k_weights, low)
+        else:
+            out = self._compute_from_afar(layer_idx, hidden, local, top_k_weights, low)
+        if call is not None:
+            other = self.network.away.result(call, tokens)
+            if other is None:
+                out += self._compute_here(layer_idx, hidden, index, top_k_weights, sent)
+            else:
+                out = (out.float() + other).to(out.dtype)
+        return out
+
+    def _compute_from_afar(
+        self,
+        layer_idx: int,
+        hidden: torch.Tensor,
+        index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+        low: np.ndarray | None,
+    ) -> torch.Tensor:
+        """As `_compute`, without waiting for what cannot come in time."""
+        want = self._want_level[layer_idx]
+        rule = low is not None
+        low = self._low[layer_idx] if low is None else low
+        for left in reversed(range(GIVING_UP)):
+            faced = self.remote.face(layer_idx, index.numpy(), low, want, rule=rule)
+            if faced is None:
+                return self._compute(layer_idx, hidden, index, top_k_weights, low)
+            try:
+                with self.remote.waiting(faced[2]):
+                    chosen = torch.from_numpy(faced[0])
+                    return self._compute(layer_idx, hidden, chosen, top_k_weights, faced[1])
+            except OSError as error:
+                if not left or not self.remote.gave_up(error):
+                    raise
+                self.network.late()
+                rule = False
+
+    def _compute_here(
+        self,
+        layer_idx: int,
+        hidden: torch.Tensor,
+        index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+        only: np.ndarray,
+    ) -> torch.Tensor:
+        """Of experts `only` int64 [n], with nothing but what is here."""
+        want = self._want_level[layer_idx]
+        found, low = self.missing.without_waiting(layer_idx, index.numpy(), only, want)
+        index = torch.from_numpy(found)
+        if self.remote is None:
+            return self._compute(layer_idx, hidden, index, top_k_weights, low)
+        return self._compute_from_afar(layer_idx, hidden, index, top_k_weights, low)
+
+    def _compute(
+        self,
+        layer_idx: int,
+        hidden: torch.Tensor,
+        index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+        low: np.ndarray | None,
+    ) -> torch.Tensor:
+        """On this machine. low: uint8 [E] where compute may start; None: as the plan's rule decides."""
+        spec = self.specs[layer_idx]
+        tokens, k = index.shape
         weights = top_k_weights.to(torch.float32).contiguous()
         routing = (index.data_ptr(), weights.data_ptr(), tokens, k)
         guesses = self._guess(layer_idx, hidden)
-        index, low = self._face_misses(layer_idx, index, weights)
         rows = tokens * k / min(spec.num_experts, max(tokens * k, 1))
         part = max(EXPERT_ROWS // (4 * k * (spec.hidden + spec.intermediate)), 1)
         # Parts would read missing experts again, so there all tokens go through one expert at a time.
@@ -237,6 +355,7 @@ class Runtime:
                 part,
                 low,
                 guesses,
+                self._own_gate(layer_idx, tokens),
             )
         if self.kept.watches and not self.plan.resident:
             self.kept.note(layer_idx, self._used[layer_idx])
@@ -244,16 +363,26 @@ class Runtime:
 
     def _face_misses(
         self, layer_idx: int, index: torch.Tensor, weights: torch.Tensor
-    ) -> tuple[torch.Tensor, np.ndarray | None]:
-        """The indices to compute and the levels to start at, if a rule in Python decides what not to wait
-        for; else all of them and None."""
-        if self._rule is None or self.plan.resident:
-            return index, None
+    ) -> tuple[torch.Tensor, np.ndarray | None, np.ndarray]:
+        """The indices to compute here, the levels to start at, and the experts that another machine computes, if
+        a rule in Python decides what not to wait for; else all of them, None and none."""
+        rule = self._network_rule
+        if self._rule is not None:
+            rule = None if self.plan.resident else self._rule
+        if rule is None:
+            return index, None, _NONE
         low, want = self._min_level[layer_idx], self._want_level[layer_idx]
-        decided = self.missing.decide(
-            self._rule, layer_idx, index.numpy(), weights.numpy(), low, want
-        )
-        return (index, low) if decided is None else (torch.from_numpy(decided[0]), decided[1])
+        gates = weights.detach().to(torch.float32).numpy()
+        decided = self.missing.decide(rule, layer_idx, index.numpy(), gates, low, want)
+        if decided is None:
+            return index, low, _NONE
+        return torch.from_numpy(decided[0]), decided[1], decided[2]
+
+    def _own_gate(self, layer_idx: int, tokens: int) -> tuple | None:
+        """The layer's router for the native half, if routing goes by what is resident."""
+        if not self._routes or tokens > NATIVE_GATE_TOKENS:
+            return None
+        return self.predictor.own_gate(layer_idx)
 
     def _guess(self, layer_idx: int, hidden: torch.Tensor) -> list[tuple]:
         """What to read ahead while this layer computes: (later layer, its likely experts, None), or its
@@ -314,12 +443,19 @@ class Runtime:
             if self._rising is not None and self._has(self._base):
                 self._rising = None
                 self._set_levels()
+            if self.remote is not None and self.remote.begin_step():
+                self._ask_for_plan()
             if not self.plan.resident:
                 self._reader_core.begin(step.batch * step.tokens, engine["wait_seconds"])
+            alike = step.tokens == 1 and not self.plan.resident
+            self._step_began = time.perf_counter() if alike else None
 
     def end_step(self) -> None:
         """Called after every forward pass, also one that failed."""
         self._reader_core.end()
+        if self._step_began is not None:
+            self.gauge.note_seconds(time.perf_counter() - self._step_began)
+            self._step_began = None
 
     def set_memory(self, size: str | int) -> str:
         """Changes the budget of a running model; returns the new plan in one line.
@@ -368,6 +504,12 @@ class Runtime:
         with self._lock:
             self._rule = rule
             self._set_rule()
+
+    def set_routing_tolerance(self, tolerance: float) -> None:
+        """Cache-aware routing from now on; see CoMoEConfig.routing_tolerance."""
+        replace(self.config, routing_tolerance=tolerance)  # checks it
+        self._policy.set_tolerance(tolerance)
+        self._routes = tolerance > 0
 
     def _set_goal(self, change: Callable[[], object]) -> str:
         if self.config.exact:
@@ -426,12 +568,41 @@ class Runtime:
         if snapshot is not self._snapshot:
             self._snapshot = snapshot
             decision = self.controller.observe(snapshot, self.engine.stats()["mapped_bytes"])
+        if self.network is not None:
+            decision = self._watch_path(snapshot) or decision
         if self._follows and self._step % FOLLOW_EVERY == 0 and self._step:
             decision = self._follow_text() or decision
         if decision is not None:
             lent = decision.before is not None and self.plan.pool_bytes < decision.before.pool_bytes
             most = self.plan.pool_bytes if lent else decision.after.pool_bytes
             self._install(self._plan_for(min(most, decision.after.pool_bytes)))
+
+    def _watch_path(self, snapshot: Snapshot) -> Decision | None:
+        """Follows the network: another path asks for another plan, and for the most valuable first."""
+        reason = self.network.look()
+        self._complete = complete = self.plan.resident and self._has(self._base)
+        self._network_rule = None if complete or self._rule is not None else self.network.rule
+        if reason is None:
+            return None
+        if not complete and self._follows:
+            self.engine.cancel(UPGRADE)
+            self._ask_for_plan()
+        return self.controller.path_changed(snapshot, reason)
+
+    def _ask_for_plan(self) -> None:
+        """Asks for what the plan holds and what it aims at: from afar the most valuable increments first."""
+        if self.network is None or not self._follows:
+            aimed = self.store_sizes.chosen(self.plan.min_level)
+            self.engine.request(self.records.in_order(self._base), UPGRADE)
+            self.engine.request(self.records.in_order(aimed & ~self._base), UPGRADE)
+            return
+        before = np.maximum(self.planner.use, 1e-9)
+        scale = np.clip(self.live.profile.use() / before, 0.1, 10.0)
+        levels = self.plan.min_level.astype(np.int64)
+        ids = self.network.order(self.planner.loss, scale, levels)
+        held = self._base[ids]
+        self.engine.request(ids[held], UPGRADE)
+        self.engine.request(ids[~held], UPGRADE)
 
     def _know_text(self) -> None:
         self.live.profile.know(*self._policy.profile())
@@ -488,6 +659,7 @@ class Runtime:
         experts that rise are computed as before until all has come, so that nothing waits for an upgrade.
         """
         before, self.plan = self.plan, plan
+        self._complete = False
         self._min_level = self.store_sizes.of_layer(plan.min_level)
         self._want_level = self.store_sizes.of_layer(plan.want_level)
         rises = rising and plan.resident and before is not plan and before.resident
@@ -507,8 +679,9 @@ class Runtime:
         self.engine.forget_largest_need()
         self.engine.set_budget(plan.pool_bytes)
         # Then, until the cache knows better, whatever fits of what the plan aims at.
-        self.engine.request(self.records.in_order(base), UPGRADE)
-        self.engine.request(self.records.in_order(aimed & ~base), UPGRADE)
+        self._ask_for_plan()
+        if self.remote is not None:
+            self.remote.note_plan(base, aimed, self.live.profile.use())
         self._set_rule()
 
     def _set_rule(self) -> None:
@@ -516,7 +689,11 @@ class Runtime:
         rule = None
         if self._follows and self._rule is None:
             self._know_text()
-            rule = self.live.rule(self.plan, self.planner.loss, self.planner.use)
+            tables = (self.plan, self.planner.loss, self.planner.use)
+            if self.network is None:
+                rule = self.live.rule(*tables)
+            else:
+                self._network_rule = self.network.new_rule(self.live, *tables)
         reads = not self.plan.resident
         self._policy.set_plan(reads, rule and native_rule(rule), self._follows)
 
@@ -531,8 +708,9 @@ class Runtime:
     def _set_levels(self) -> None:
         rising = None if self._rising is None else self.store_sizes.of_layer(self._rising)
         rows = []
+        self._low = list(self._min_level if rising is None else rising)  # that compute may start at
         for layer_idx, low in enumerate(self._min_level):
-            least = low if rising is None else rising[layer_idx]
+            least = self._low[layer_idx]
             self._op.set_levels(layer_idx, least, self._want_level[layer_idx])
             most = int(np.bincount(self._kernel_levels[low]).argmax())
             rows.append(prefill_rows(most))
@@ -550,7 +728,10 @@ class Runtime:
             return
         missing = self._base & (self.engine.resident() == ABSENT)
         if missing.any():
-            self.engine.request(self.records.in_order(missing), UPGRADE)
+            if self.network is None:
+                self.engine.request(self.records.in_order(missing), UPGRADE)
+            else:
+                self._ask_for_plan()
         for layer_idx, experts, values in self.upgrades.choose():
             low, high = (level[layer_idx][experts] for level in (self._min_level, self._want_level))
             ids, which = self.records.above(layer_idx, experts, low, high)
@@ -575,7 +756,7 @@ class Runtime:
         return (
             f"memory {format_bytes(self.budget.memory)}: dense {format_bytes(self.budget.sizes.dense)}, "
             f"experts {format_bytes(held)} of {format_bytes(stats.total(self.store.levels.exact))}; {self.plan.describe()}; "
-            f"store in {self.store.folder}"
+            f"store in {self.store.folder if self.remote is None else self.remote.describe()}"
         )
 
     def stats(self) -> dict:
@@ -589,7 +770,7 @@ class Runtime:
             "expert_bytes": int(self.records.payload_bytes(self.engine.resident() == RESIDENT)),
             "expert_bytes_exact": self.records.exact_bytes(),
             "bits_per_weight": policy["bits"] / max(policy["uses"], 1),
-            "bytes_read": {"disk": engine["bytes_read"]},
+            "bytes_read": self._bytes_read(engine),
             # Computed without waiting, at the level wanted or a coarser one that the plan allows.
             "hits": engine["hits"] + engine["partial_hits"],
             "misses": engine["misses"],
@@ -602,10 +783,22 @@ class Runtime:
             "decided": {
                 name: policy[name] + getattr(self.missing, name)
                 for name in ("waited", "coarser", "skipped")
-            },
+            }
+            | {"replaced": policy["replaced"]}
+            | {"sent": self.missing.sent},
             "plan": self.plan.describe(),
             "engine": engine,
+        } | {
+            name: part.stats()
+            for name, part in (("remote", self.remote), ("network", self.network))
+            if part is not None
         }
+
+    def _bytes_read(self, engine: dict) -> dict[str, int]:
+        if self.remote is None:
+            return {"disk": engine["bytes_read"]}
+        network = engine["remote_bytes"]
+        return {"network": network, "disk": engine["bytes_read"] - network}
 
     def wait_ready(self, timeout: float = 600.0) -> None:
         """Returns when everything that the plan wants resident has been read."""
@@ -618,5 +811,9 @@ class Runtime:
                 self._closed = True
                 self._keep_freed(True)
                 self.engine.close()
+                if self.network is not None:
+                    self.network.close()
+                if self.remote is not None:
+                    self.remote.close()
                 if self._on_close:
                     self._on_close()

@@ -92,11 +92,28 @@ def read_manifest(folder: Path) -> Manifest:
     if not isinstance(found, dict) or found.get("format") != fmt.MANIFEST_FORMAT:
         raise StoreError(f'{path}: not a comoe store ("format" must be "{fmt.MANIFEST_FORMAT}")')
     check_version(_integer(found, "version", 0, 2**31, path), str(path))
-    crc = found.get("crc32c")
-    zeroed = raw.replace(f'"crc32c": "{crc}"'.encode(), b'"crc32c": "00000000"', 1)
-    if not isinstance(crc, str) or crc != f"{_C.crc32c(zeroed):08x}":
+    if not _crc_fits(raw, found):
         raise StoreError(f"{path}: checksum does not match; {DAMAGED}")
     return _manifest_of(found, path)
+
+
+def _crc_fits(raw: bytes, found: dict) -> bool:
+    crc = found.get("crc32c")
+    zeroed = raw.replace(f'"crc32c": "{crc}"'.encode(), b'"crc32c": "00000000"', 1)
+    return isinstance(crc, str) and crc == f"{_C.crc32c(zeroed):08x}"
+
+
+def manifest_is_whole(raw: bytes) -> bool:
+    """Whether these are the bytes of some store's manifest, undamaged."""
+    try:
+        found = json.loads(raw)
+    except (ValueError, RecursionError):
+        return False
+    return (
+        isinstance(found, dict)
+        and found.get("format") == fmt.MANIFEST_FORMAT
+        and _crc_fits(raw, found)
+    )
 
 
 def _integer(found: dict, key: str, low: int, high: int, where: Any) -> int:

@@ -7,6 +7,7 @@
 
 #include "../storage/crc32c.h"
 #include "../storage/raw_read.h"
+#include "../storage/remote_reader.h"
 #include "bindings.h"
 
 namespace comoe {
@@ -86,6 +87,43 @@ static int32_t add_experts(Engine& engine, const py::object& table) {
   return engine.add_experts(ids.data(), ids.size() / per_expert);
 }
 
+static py::object remote_take(Engine& engine, double timeout, int64_t gap, int64_t most_bytes,
+                              int most_others) {
+  if (gap < 0 || most_bytes < 1 || most_others < 0)
+    throw std::invalid_argument(
+        "remote_take: expected gap >= 0, most_bytes >= 1 and most_others >= 0, got " +
+        std::to_string(gap) + ", " + std::to_string(most_bytes) + ", " +
+        std::to_string(most_others));
+  std::vector<RemoteRequest> taken;
+  bool stopped;
+  {
+    py::gil_scoped_release release;
+    taken = engine.remote().take(timeout, gap, most_bytes, most_others);
+    stopped = engine.remote().stopped();
+  }
+  if (stopped) return py::none();
+  py::list list(taken.size());
+  for (size_t i = 0; i < taken.size(); ++i) {
+    const RemoteRequest& r = taken[i];
+    list[i] = py::make_tuple(r.ticket, r.record, r.file, r.offset, r.bytes, r.demand);
+  }
+  return std::move(list);
+}
+
+static py::object remote_done(Engine& engine, int64_t ticket, const py::buffer& data) {
+  const py::buffer_info info = data.request();
+  if (!PyBuffer_IsContiguous(info.view(), 'C'))
+    throw std::invalid_argument(
+        "remote_done: data: expected contiguous memory, got a strided view; copy it first");
+  Handed handed;
+  {
+    py::gil_scoped_release release;
+    handed = engine.remote().done(ticket, static_cast<const uint8_t*>(info.ptr),
+                                  info.size * info.itemsize);
+  }
+  return handed == Handed::closed ? py::object(py::none()) : py::bool_(handed == Handed::taken);
+}
+
 static py::dict stats_dict(const EngineStats& s) {
   py::dict d;
   d["hits"] = s.core.hits;
@@ -118,6 +156,10 @@ static py::dict stats_dict(const EngineStats& s) {
   d["retries"] = s.backend.retries;
   d["busy_seconds"] = s.backend.busy_seconds;
   d["io"] = s.backend.io;
+  d["remote_bytes"] = s.backend.remote_bytes;
+  d["remote_records"] = s.backend.remote_records;
+  d["remote_refused"] = s.backend.remote_refused;
+  d["cache_failures"] = s.backend.cache_failures;
   d["waits"] = s.waits;
   d["wait_seconds"] = s.wait_seconds;
   d["page_bytes"] = s.page_bytes;
@@ -201,6 +243,63 @@ void bind_engine(py::module_& m) {
            py::arg("level_masks"), py::arg("io_threads") = 4, py::arg("direct") = true,
            py::arg("verify") = true, py::arg("io") = "auto", py::arg("uring_depth") = 16)
       .def("add_file", &Engine::add_file, py::arg("path"), py::call_guard<py::gil_scoped_release>())
+      .def("add_remote_file", &Engine::add_remote_file, py::arg("path"),
+           py::call_guard<py::gil_scoped_release>(),
+           "A local copy of a remote file: of its size, perhaps full of holes. Its records come "
+           "through remote_take and remote_done, but for those that set_local names.")
+      .def("remote_take", &remote_take, py::arg("timeout"), py::arg("gap") = 0,
+           py::arg("most_bytes") = 1, py::arg("most_others") = 1,
+           "Waits, at most `timeout` seconds, for records of remote files to fetch: the most "
+           "urgent, and those of its class that lie at most `gap` bytes from what is chosen "
+           "already, `most_bytes` from the first to the last. Prefetches and upgrades only while "
+           "fewer than `most_others` takes of them are open. A list, by offset, of (ticket, "
+           "record, file, offset, nbytes, demand); None once the engine is closed.")
+      .def("remote_done", &remote_done, py::arg("ticket"), py::arg("data"),
+           "Hands a record's payload in: True. False if its checksum is wrong: then the ticket "
+           "stays "
+           "open, for the same bytes from elsewhere. None if the ticket was closed already.")
+      .def(
+          "remote_failed",
+          [](Engine& engine, int64_t ticket, const std::string& message) {
+            py::gil_scoped_release release;
+            engine.remote().failed(ticket, message);
+          },
+          py::arg("ticket"), py::arg("message"), "The record fails as a read from disk does.")
+      .def(
+          "remote_expire",
+          [](Engine& engine, const py::object& ids, const std::string& message) {
+            if (ids.is_none()) {
+              py::gil_scoped_release release;
+              return engine.remote().expire(nullptr, 0, message);
+            }
+            const auto array = checked_array<int32_t>("remote_expire", "ids", ids);
+            py::gil_scoped_release release;
+            return engine.remote().expire(array.data(), array.size(), message);
+          },
+          py::arg("ids"), py::arg("message"),
+          "Fails those of these records that are demanded and not here, None: all; returns how "
+          "many.")
+      .def(
+          "remote_open",
+          [](Engine& engine, int64_t ticket) { return engine.remote().is_open(ticket); },
+          py::arg("ticket"), "Whether the record is still waited for.")
+      .def(
+          "remote_demanded",
+          [](Engine& engine, int64_t ticket) { return engine.remote().is_demanded(ticket); },
+          py::arg("ticket"), "Whether it is demanded by now.")
+      .def(
+          "remote_has_demand", [](Engine& engine) { return engine.remote().has_demand(); },
+          "Whether demand waits to be taken.")
+      .def(
+          "set_local",
+          [](Engine& engine, const py::object& ids, bool local) {
+            const auto array = checked_array<int32_t>("set_local", "ids", ids);
+            py::gil_scoped_release release;
+            engine.set_local(array.data(), array.size(), local);
+          },
+          py::arg("ids"), py::arg("local"),
+          "Whether these records' bytes are in the local copies of their files. One that turns "
+          "out to be damaged there is fetched after all.")
       .def("add_records", &add_records, py::arg("file"), py::arg("offset"), py::arg("nbytes"),
            py::arg("crc"), "Returns the first id.")
       .def("add_experts", &add_experts, py::arg("records"),

@@ -10,6 +10,8 @@
 
 namespace comoe {
 
+class RemoteReader;
+
 enum class ReadStatus : uint8_t { ok, failed, corrupt };
 
 // One record on its way into its pages. `pages` stays valid until the read has been reported done.
@@ -24,8 +26,12 @@ struct BackendStats {
   int64_t bytes_from_disk = 0;  // padding and repeated reads included
   int64_t buffered_reads = 0;   // chunks that went through the page cache, O_DIRECT being refused
   int64_t retries = 0;
-  double busy_seconds = 0;  // in which something was being read
-  const char* io = "";      // how reads are kept in flight: "uring" or "threads"
+  double busy_seconds = 0;   // in which something was being read
+  int64_t remote_bytes = 0;  // payload of records that were handed in (storage/remote_reader.h)
+  int64_t remote_records = 0;
+  int64_t remote_refused = 0;  // times that what was handed in had a wrong checksum
+  int64_t cache_failures = 0;  // records whose local copy could not be used
+  const char* io = "";         // how reads are kept in flight: "uring" or "threads"
 };
 
 class BackendEvents {
@@ -44,6 +50,13 @@ class Backend {
 
   virtual void start(BackendEvents* events) = 0;  // before any other call
   virtual int32_t add_file(const std::string& path) = 0;
+  // `path` is a local copy of a remote file, of its size and with the bytes that are here already
+  // at their places. Its records are fetched through remote(), but for those that set_local names.
+  virtual int32_t add_remote_file(const std::string& path) { return add_file(path); }
+  virtual RemoteReader* remote() { return nullptr; }  // null: this device has none
+  // Whether the record's bytes are in the local copy. One that cannot be read or has a wrong
+  // checksum there is not any more: its read then goes on as a remote one.
+  virtual void set_local(int32_t record, bool local) {}
   virtual int64_t file_bytes(int32_t file) const = 0;
   virtual BackendStats stats() const = 0;
 

@@ -6,17 +6,22 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <map>
+#include <mutex>
 #include <stdexcept>
+#include <unordered_set>
 
 #include "../storage/reader.h"
+#include "../storage/remote_reader.h"
 #include "engine.h"
 
 namespace comoe {
 namespace {
 
 // Address space reserved once; slabs are mapped into it and taken out again, so that memory really
-// goes back to the system. A mapped slab costs nothing until it is read into.
-class CpuBackend final : public Backend {
+// goes back to the system. A mapped slab costs nothing until it is read into. It stands between the
+// reader of files and the engine to send reads of bad local copies to the remote reader.
+class CpuBackend final : public Backend, private BackendEvents {
  public:
   explicit CpuBackend(const EngineConfig& config)
       : config_(config), pages_per_slab_(static_cast<int>(config.slab_bytes / config.page_bytes)) {
@@ -51,11 +56,36 @@ class CpuBackend final : public Backend {
     reader.direct = config_.direct_io;
     reader.verify = config_.verify;
     reader.kind = config_.io;
-    reader_ = make_reader(reader, events);
+    events_ = events;
+    remote_ = std::make_unique<RemoteReader>(config_.page_bytes, events);
+    reader_ = make_reader(reader, this);
   }
   int32_t add_file(const std::string& path) override { return reader_->add_file(path); }
+  int32_t add_remote_file(const std::string& path) override {
+    const int32_t file = reader_->add_file(path);
+    std::lock_guard<std::mutex> lock(routes_mutex_);
+    remote_files_.insert(file);
+    return file;
+  }
+  RemoteReader* remote() override { return remote_.get(); }
+  void set_local(int32_t record, bool local) override {
+    std::lock_guard<std::mutex> lock(routes_mutex_);
+    if (local)
+      local_.insert(record);
+    else
+      local_.erase(record);
+  }
   int64_t file_bytes(int32_t file) const override { return reader_->file_bytes(file); }
-  BackendStats stats() const override { return reader_->stats(); }
+  BackendStats stats() const override {
+    BackendStats stats = reader_->stats();
+    const RemoteStats remote = remote_->stats();
+    stats.remote_bytes = remote.bytes;
+    stats.remote_records = remote.records;
+    stats.remote_refused = remote.refused;
+    std::lock_guard<std::mutex> lock(routes_mutex_);
+    stats.cache_failures = cache_failures_;
+    return stats;
+  }
 
   int max_slabs() const override { return max_slabs_; }
   bool map_slab(int slab) override {
@@ -80,9 +110,30 @@ class CpuBackend final : public Backend {
     std::memcpy(page_address(to), page_address(from), config_.page_bytes);
   }
 
-  void start_read(const ReadJob& job) override { reader_->submit(job); }
-  void promote_read(int32_t record) override { reader_->promote(record); }
-  bool cancel_read(int32_t record) override { return reader_->cancel(record); }
+  void start_read(const ReadJob& job) override {
+    std::lock_guard<std::mutex> lock(routes_mutex_);
+    if (remote_files_.count(job.info.file) == 0) {
+      reader_->submit(job);
+    } else if (local_.count(job.record) > 0) {
+      cached_.emplace(job.record, job);
+      reader_->submit(job);
+    } else {
+      remote_->submit(job);
+    }
+  }
+  void promote_read(int32_t record) override {
+    std::lock_guard<std::mutex> lock(routes_mutex_);
+    const auto cached = cached_.find(record);
+    if (cached != cached_.end()) cached->second.demand = true;
+    reader_->promote(record);
+    remote_->promote(record);
+  }
+  bool cancel_read(int32_t record) override {
+    std::lock_guard<std::mutex> lock(routes_mutex_);
+    if (!reader_->cancel(record)) return remote_->cancel(record);
+    cached_.erase(record);
+    return true;
+  }
 
   // Every use on the CPU holds a pin, so there is no table to keep and no step to wait for.
   void publish(int32_t, const std::vector<uint8_t*>*) override {}
@@ -91,10 +142,31 @@ class CpuBackend final : public Backend {
 
   void stop() override {
     if (reader_) reader_->stop();
+    if (remote_) remote_->stop();
   }
 
  private:
   static constexpr int64_t kHuge = 2 << 20;
+
+  // Of the reader of files, called with no lock held.
+  void read_done(int32_t record, ReadStatus status, const std::string& error) override {
+    {
+      std::lock_guard<std::mutex> lock(routes_mutex_);
+      const auto cached = cached_.find(record);
+      if (cached != cached_.end()) {
+        const ReadJob job = cached->second;
+        cached_.erase(cached);
+        if (status != ReadStatus::ok) {
+          local_.erase(record);
+          ++cache_failures_;
+          remote_->submit(job);
+          return;
+        }
+      }
+    }
+    events_->read_done(record, status, error);
+  }
+  void step_passed() override { events_->step_passed(); }
 
   uint8_t* slab_address(int slab) { return base_ + int64_t{slab} * stride_; }
 
@@ -105,6 +177,15 @@ class CpuBackend final : public Backend {
   size_t reserved_bytes_;
   uint8_t* reserved_;
   uint8_t* base_;  // aligned to huge pages
+
+  // Taken after the engine's lock and before the readers'.
+  mutable std::mutex routes_mutex_;
+  BackendEvents* events_ = nullptr;
+  std::unordered_set<int32_t> remote_files_;
+  std::unordered_set<int32_t> local_;  // records of remote files whose bytes are in the local copy
+  std::map<int32_t, ReadJob> cached_;  // ... that are being read from it
+  int64_t cache_failures_ = 0;
+  std::unique_ptr<RemoteReader> remote_;
   std::unique_ptr<Reader> reader_;
 };
 

@@ -211,6 +211,27 @@ int32_t Engine::add_file(const std::string& path) {
   return state_->backend->add_file(path);
 }
 
+int32_t Engine::add_remote_file(const std::string& path) {
+  remote();
+  std::lock_guard<std::mutex> lock(state_->mutex);
+  state_->require_open();
+  return state_->backend->add_remote_file(path);
+}
+
+// Not under the engine's lock: it has its own, which is taken after ours.
+RemoteReader& Engine::remote() {
+  RemoteReader* const remote = state_->backend->remote();
+  if (remote == nullptr)
+    throw std::runtime_error("Engine: this device cannot take records from elsewhere");
+  return *remote;
+}
+
+void Engine::set_local(const int32_t* ids, int64_t count, bool local) {
+  std::lock_guard<std::mutex> lock(state_->mutex);
+  state_->check_ids("set_local", ids, count);
+  for (int64_t i = 0; i < count; ++i) state_->backend->set_local(ids[i], local);
+}
+
 int32_t Engine::add_records(const RecordInfo* infos, int64_t count) {
   std::lock_guard<std::mutex> lock(state_->mutex);
   EngineState& s = *state_;

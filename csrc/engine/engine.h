@@ -84,6 +84,10 @@ class Engine {
   static void set_interrupt_check(void (*check)());
 
   int32_t add_file(const std::string& path);
+  // See Backend::add_remote_file. Its records' bytes come through remote().
+  int32_t add_remote_file(const std::string& path);
+  RemoteReader& remote();  // throws where the device has none
+  void set_local(const int32_t* ids, int64_t count, bool local);
   int32_t add_records(const RecordInfo* infos, int64_t count);  // first id
   // See Core::add_experts.
   int32_t add_experts(const int32_t* table, int64_t count);
