@@ -4,7 +4,8 @@ Two models that differ in their number of layers only are packed and run token b
 
     resident   everything in memory: transformers and torch, and calling the kernels
     reading    everything in memory, but under a plan that may read: what deciding adds
-    waiting    with room for few experts: what a wait adds beside the bytes
+    waiting    with room for few experts: what a layer that waits adds beside the bytes, in waiting and in
+               computing more slowly meanwhile
 
 The difference of the two models is that of their layers; what is left is the step's. A few seconds.
 """
@@ -124,9 +125,11 @@ class Probe:
             way: (seconds[way, many] - seconds[way, few]) / (many - few)
             for way in ("resident", "reading")
         }
-        engine = self._readers["waiting", many].model.comoe.engine.stats()
-        waits = max(engine["waits"], 1)
-        wait = (engine["wait_seconds"] - engine["demand_bytes"] / disk_bandwidth) / waits
+        # All that tokens take longer, not only the waits: reading also takes cores from computing.
+        waiting = self._readers["waiting", many]
+        engine, tokens = waiting.model.comoe.engine.stats(), waiting.at
+        longer = (seconds["waiting", many] - seconds["reading", many]) * tokens
+        wait = (longer - engine["demand_bytes"] / disk_bandwidth) / max(engine["waits"], 1)
         return Overheads(
             max(seconds["resident", few] - few * layer["resident"], 0.0),
             max(layer["resident"], 0.0),
