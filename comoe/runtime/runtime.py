@@ -201,7 +201,9 @@ class Runtime:
         self._install(self.plan)
         if self.network is not None and not self._rule:
             least = self.planner.least(self.store_sizes, exact=False)
-            self.network.wait_for(self.store_sizes.chosen(least), self.plan.pool_bytes)
+            # Of the coarsest rungs those that the plan asks for: where it holds `exact`, they are not.
+            asked = self._base | self.store_sizes.chosen(self.plan.min_level)
+            self.network.wait_for(self.store_sizes.chosen(least) & asked, self.plan.pool_bytes)
 
     def _elsewhere(self) -> ExpertsElsewhere | None:
         """The machine of config.expert_server."""
