@@ -30,6 +30,7 @@ from comoe.tiers.urls import redacted
 
 MANIFEST_PATH = f"{fmt.EXPERTS_FOLDER}/{fmt.MANIFEST_FILE}"
 URL_FILE = ".comoe-url"
+KNOWN_PATIENCE = 3.0  # seconds that a store that is in the cache waits for its sources
 FIRST_HEADER = (
     64 << 10
 )  # bytes of a layer file that are asked for before its header's size is known
@@ -89,14 +90,15 @@ class RemoteStore:
         base = cache.root() if base is None else base
         sources = Sources([open_source(url) for url in urls], links=links, patience=patience)
         try:
-            offline = ""
+            offline, known = "", _opened_before(base, urls[0])
+            least = patience if known is None else min(patience, KNOWN_PATIENCE)
             try:
-                raw = sources.pin(MANIFEST_PATH, checks.manifest_is_whole)
+                raw = sources.pin(MANIFEST_PATH, checks.manifest_is_whole, least)
                 folder = base / folder_name(urls[0], raw)
             except NoSourceError as error:
-                folder, offline = _opened_before(base, urls[0]), str(error)
-                if folder is None:
+                if known is None:
                     raise
+                folder, offline = known, str(error)
                 raw = (folder / MANIFEST_PATH).read_bytes()
                 sources.pin_known(MANIFEST_PATH, raw)
             with cache.opening(folder):

@@ -107,11 +107,16 @@ class Sources:
 
     # ---- identity -------------------------------------------------------------------------------
 
-    def pin(self, path: str, is_whole: Callable[[bytes], bool] = bool) -> bytes:
+    def pin(
+        self,
+        path: str,
+        is_whole: Callable[[bytes], bool] = bool,
+        patience: float | None = None,
+    ) -> bytes:
         """The file that stands for the store's version, from the first source that gives it. All sources
         must have the same from now on. is_whole: whether it is one, and undamaged."""
         errors: dict[str, SourceError] = {}
-        give_up = time.monotonic() + self.patience
+        give_up = time.monotonic() + (self.patience if patience is None else patience)
         while True:
             for name in self.links.order(0):
                 try:
