@@ -47,6 +47,14 @@ LatencyTarget = Annotated[
     float | None,
     typer.Option("--latency-target", metavar="MS", help="Milliseconds that a token may take."),
 ]
+RoutingTolerance = Annotated[
+    float,
+    typer.Option(
+        "--routing-tolerance",
+        help="Cache-aware routing: experts in memory are taken for missing ones whose router logit is at most so "
+        "much higher. 0: never.",
+    ),
+]
 NoVerify = Annotated[
     bool,
     typer.Option(
@@ -217,6 +225,7 @@ def run(
     exact: Exact = False,
     quality: Quality = None,
     latency_target: LatencyTarget = None,
+    routing_tolerance: RoutingTolerance = 0.0,
     max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", help="Most new tokens.")] = 128,
     temperature: Annotated[
         float, typer.Option("--temperature", help="0: the likeliest token each time.")
@@ -246,6 +255,7 @@ def run(
             quality,
             latency_target,
             source,
+            routing_tolerance=routing_tolerance,
             expert_server=expert_server,
             expert_token_file=expert_token_file,
         )

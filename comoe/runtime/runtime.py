@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -194,6 +195,8 @@ class Runtime:
             add_layer(self._op, layer, ids, first[layer_idx], activation, spec.alpha, spec.limit)
         self._policy = _C.MoePolicy(self.engine, self._op, cache is None, self.live.profile.decay)
         self.kept = Kept(self.engine, cache or self._policy, table.ids)
+        self._policy.set_tolerance(config.routing_tolerance)
+        self._routes = config.routing_tolerance > 0  # by what is resident
         for layer_idx, bits in enumerate(self.records.bits):
             self._policy.set_bits(layer_idx, bits)
         ends = np.cumsum([spec.num_experts for spec in specs])
@@ -352,6 +355,7 @@ class Runtime:
                 part,
                 low,
                 guesses,
+                self._own_gate(layer_idx, tokens),
             )
         if self.kept.watches and not self.plan.resident:
             self.kept.note(layer_idx, self._used[layer_idx])
@@ -373,6 +377,12 @@ class Runtime:
         if decided is None:
             return index, low, _NONE
         return torch.from_numpy(decided[0]), decided[1], decided[2]
+
+    def _own_gate(self, layer_idx: int, tokens: int) -> tuple | None:
+        """The layer's router for the native half, if routing goes by what is resident."""
+        if not self._routes or tokens > NATIVE_GATE_TOKENS:
+            return None
+        return self.predictor.own_gate(layer_idx)
 
     def _guess(self, layer_idx: int, hidden: torch.Tensor) -> list[tuple]:
         """What to read ahead while this layer computes: (later layer, its likely experts, None), or its
@@ -494,6 +504,12 @@ class Runtime:
         with self._lock:
             self._rule = rule
             self._set_rule()
+
+    def set_routing_tolerance(self, tolerance: float) -> None:
+        """Cache-aware routing from now on; see CoMoEConfig.routing_tolerance."""
+        replace(self.config, routing_tolerance=tolerance)  # checks it
+        self._policy.set_tolerance(tolerance)
+        self._routes = tolerance > 0
 
     def _set_goal(self, change: Callable[[], object]) -> str:
         if self.config.exact:
@@ -768,6 +784,7 @@ class Runtime:
                 name: policy[name] + getattr(self.missing, name)
                 for name in ("waited", "coarser", "skipped")
             }
+            | {"replaced": policy["replaced"]}
             | {"sent": self.missing.sent},
             "plan": self.plan.describe(),
             "engine": engine,
