@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import argparse
 
-import torch
-from bench_joint import TURN, WARM_UP, Contender
+from bench_joint import WARM_UP, Contender, memory_for, take_turns
 from harness import write_rows
 
 import comoe
@@ -21,25 +20,15 @@ TOLERANCES = (0.0, 0.1, 0.25, 0.5, 1.0, 2.0)
 
 
 def compare(dst: str, fraction: float, ids: list[int], quality: str | None) -> list[dict]:
-    exact = comoe.load(dst)
-    runtime = exact.comoe
-    fixed = runtime.budget.sizes.dense + runtime.budget.reserve(0)
-    memory = fixed + int(fraction * runtime.records.exact_bytes())
-    reference, made = Contender("exact", exact), []
+    reference, made = Contender("exact", comoe.load(dst)), []
+    memory = memory_for(reference.model.comoe, fraction)
     for tolerance in TOLERANCES:
         model = comoe.load(dst, memory=memory, quality=quality, routing_tolerance=tolerance)
         made.append(Contender(f"{tolerance:g}", model))
         # Each runtime would count the others' memory as taken from its own budget.
         model.comoe.budget.baseline = 1 << 50
         model.comoe.wait_ready()
-    with torch.inference_mode():
-        for begin in range(0, len(ids) - 1, TURN):
-            turn = range(begin, min(begin + TURN, len(ids) - 1))
-            want = [reference.step(ids[i], ids[i + 1], None) for i in turn]
-            for contender in made:
-                for i in turn:
-                    counts = i >= WARM_UP and i > begin
-                    contender.step(ids[i], ids[i + 1], want[i - begin] if counts else None)
+    take_turns(reference, made, ids)
     rows = []
     for contender in made:
         stats = contender.model.comoe.stats()
@@ -56,7 +45,7 @@ def compare(dst: str, fraction: float, ids: list[int], quality: str | None) -> l
             }
         )
         contender.model.comoe.close()
-    exact.comoe.close()
+    reference.model.comoe.close()
     return rows
 
 
