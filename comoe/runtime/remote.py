@@ -26,13 +26,17 @@ from comoe.runtime.missing import RESIDENT, MissHandler
 from comoe.tiers.fetcher import MOST_BYTES, THREADS, Fetcher
 from comoe.tiers.remote_store import RemoteStore
 
-FETCH_BYTES = THREADS * MOST_BYTES  # that transfers come into, of the budget
 WAIT_SECONDS = 0.1  # per step, for rungs where coarser ones are here
 TICK_SECONDS = 0.01
 PREFETCH = 1
 LATE = "it did not come in time"
 
 logger = logging.getLogger("comoe")
+
+
+def fetch_bytes(nbytes: np.ndarray) -> int:
+    """What transfers come into, of the budget. nbytes: int64 [records]."""
+    return THREADS * max(MOST_BYTES, int(nbytes.max()))
 
 
 class Remote:

@@ -42,7 +42,7 @@ from comoe.runtime.missing import MissHandler, native_rule
 from comoe.runtime.network import Network, best_link
 from comoe.runtime.prefill import forward_unpacked
 from comoe.runtime.reader_core import ReaderCore
-from comoe.runtime.remote import FETCH_BYTES, Remote
+from comoe.runtime.remote import Remote, fetch_bytes
 from comoe.runtime.spec import ExpertsSpec
 from comoe.store import Store
 from comoe.store.identity import store_id
@@ -155,7 +155,7 @@ class Runtime:
         floor = pool_floor(largest, in_full, store.page_bytes)
         total = memory.available() if config.memory is None else config.memory
         fixed = SCRATCH_BYTES + RECORD_BYTES * sum(layer.records.size for layer in store.layers)
-        fixed += FETCH_BYTES if remote is not None else 0
+        fixed += fetch_bytes(table.nbytes) if remote is not None else 0
         self.budget = Budget(total, baseline, sizes, floor, fixed)
         planned = self.budget.planned_pool(config.max_context)
         self._slab_bytes = slab_bytes(
