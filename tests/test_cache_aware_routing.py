@@ -30,6 +30,7 @@ def demand(runtime) -> int:
 @torch.no_grad()
 def test_what_is_near_enough_is_not_read(model):
     runtime, read = model.comoe, {}
+    runtime.gauge = type("Off", (PrefetchGauge,), {"useful": False})()
     for tolerance in (0.0, 0.5, FAR):
         runtime.set_routing_tolerance(tolerance)
         before, was = demand(runtime), runtime.stats()["decided"]["replaced"]
@@ -37,7 +38,7 @@ def test_what_is_near_enough_is_not_read(model):
         read[tolerance] = demand(runtime) - before
         replaced = runtime.stats()["decided"]["replaced"] - was
         assert (replaced > 0) == (tolerance > 0)
-    assert read[FAR] < read[0.5] < read[0.0]
+    assert read[FAR] < 0.5 * read[0.0]
 
 
 def by_hand(logits, index, weights, here):
