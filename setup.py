@@ -16,9 +16,10 @@ class NinjaBuild(build_ext):
 
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
         output.parent.mkdir(parents=True, exist_ok=True)
-        # An editable install has a fresh temporary folder each time; objects in build/ are kept.
+        # An editable install is given a fresh temporary folder each time: it takes that of
+        # `setup.py build_ext`, which then finds its objects made.
         objects = (
-            ROOT / "build" / Path(self.build_temp).name
+            ROOT / "build" / f"temp.{self.plat_name}-{sys.implementation.cache_tag}"
             if self.editable_mode
             else Path(self.build_temp).resolve()
         )

@@ -121,13 +121,14 @@ def contenders(dst: str, memory: int) -> list[Contender]:
     return made
 
 
-def compare(dst: str, fraction: float, ids: list[int]) -> list[dict]:
-    exact = comoe.load(dst)
-    runtime = exact.comoe
+def memory_for(runtime, fraction: float) -> int:
+    """Bytes for everything else and a fraction of the experts' exact bytes."""
     fixed = runtime.budget.sizes.dense + runtime.budget.reserve(0)
-    memory = fixed + int(fraction * runtime.records.exact_bytes())
-    reference = Contender("exact", exact)
-    made = contenders(dst, memory)
+    return fixed + int(fraction * runtime.records.exact_bytes())
+
+
+def take_turns(reference: Contender, made: list[Contender], ids: list[int]) -> None:
+    """All go through the text, TURN tokens each at a time; compared with the reference from WARM_UP on."""
     with torch.inference_mode():
         for begin in range(0, len(ids) - 1, TURN):
             turn = range(begin, min(begin + TURN, len(ids) - 1))
@@ -136,6 +137,13 @@ def compare(dst: str, fraction: float, ids: list[int]) -> list[dict]:
                 for i in turn:
                     counts = i >= WARM_UP and i > begin  # the first pays for the change of turns
                     contender.step(ids[i], ids[i + 1], want[i - begin] if counts else None)
+
+
+def compare(dst: str, fraction: float, ids: list[int]) -> list[dict]:
+    reference = Contender("exact", comoe.load(dst))
+    memory = memory_for(reference.model.comoe, fraction)
+    made = contenders(dst, memory)
+    take_turns(reference, made, ids)
     rows = [{"fraction": fraction, "memory": memory, **c.row()} for c in made]
     for contender in (*made, reference):
         contender.model.comoe.close()

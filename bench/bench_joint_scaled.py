@@ -238,10 +238,13 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=300)
     parser.add_argument("--shape", choices=[s.name for s in SHAPES], action="append")
     parser.add_argument("--shares", type=float, nargs="+", default=SHARES)
-    parser.add_argument("--write", action="store_true", help="to bench/results/joint_scaled.json")
+    parser.add_argument(
+        "--write", action="store_true", help="into --out, beside other shapes' rows"
+    )
+    parser.add_argument("--out", type=Path, default=RESULTS / "joint_scaled.json")
     parser.add_argument("--plot", type=Path)
     arguments = parser.parse_args()
-    name, text = "held-out python", held_out_text()
+    name, text = "held-out python", held_out_text()[: 60 * arguments.tokens]
     if arguments.text:
         name, _, path = arguments.text.partition("=")
         text = Path(path).read_text(encoding="utf-8")
@@ -249,7 +252,7 @@ def main() -> None:
     trace = record(arguments.dst, text, arguments.tokens)
     recall = next_layer_recall(trace)
     print(f"{name}: {trace.num_tokens} tokens, next layer's router recalls {recall:.1%}")
-    path = RESULTS / "joint_scaled.json"
+    path = arguments.out
     known = json.loads(path.read_text()) if path.exists() else {"rows": [], "verdicts": []}
     wanted = arguments.shape or [s.name for s in SHAPES]
     for shape in (s for s in SHAPES if s.name in wanted):

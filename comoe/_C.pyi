@@ -152,7 +152,9 @@ class MoePolicy:
         part: int,
         low: np.ndarray | None,
         guesses: Sequence[tuple[int, np.ndarray | None, tuple[int, int, int, int] | None]],
+        own: tuple[int, int, int, int] | None = None,
     ) -> None: ...
+    def set_tolerance(self, tolerance: float) -> None: ...
     def note_routing(
         self, layer_idx: int, expert_idx: int, weights: int, T: int, K: int
     ) -> None: ...

@@ -71,6 +71,9 @@ class CoMoEConfig:
     quality      "high", "balanced", "fast", or nats per token that may be lost: experts that the memory
                  does not hold finely enough are then read when that is worth the time. None: never waited for.
     latency      seconds that a token should take at most; the rest goes into quality. None: no target.
+    routing_tolerance
+                 cache-aware routing: an expert of which something is missing gives way to a resident one whose router
+                 logit is at most this much lower; 0: never. What it costs: docs/policy.md. Not with exact.
     expert_server, expert_token_file
                  URL of a machine that runs `comoe serve-experts` on the same store, and a file with its token:
                  experts of which something is missing are computed there when that is the best way. Not with exact.
@@ -87,6 +90,7 @@ class CoMoEConfig:
     upgrade: bool = True
     quality: str | float | None = None
     latency: float | None = None
+    routing_tolerance: float = 0.0
     expert_server: str | None = None
     expert_token_file: str | None = None
 
@@ -110,6 +114,17 @@ class CoMoEConfig:
             raise ValueError(
                 "exact: expected neither quality nor latency beside it, since exact weights are always "
                 "waited for; leave one of them out"
+            )
+        tolerance = self.routing_tolerance
+        if isinstance(tolerance, bool) or not isinstance(tolerance, int | float):
+            raise TypeError(f"routing_tolerance: expected a number, got {tolerance!r}")
+        if not 0 <= tolerance < math.inf:
+            raise ValueError(
+                f"routing_tolerance: expected a finite number of at least 0, got {tolerance}"
+            )
+        if self.exact and tolerance:
+            raise ValueError(
+                "exact: expected no routing_tolerance beside it, since it changes the routing"
             )
         if (self.expert_server is None) != (self.expert_token_file is None):
             raise ValueError(

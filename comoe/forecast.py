@@ -191,14 +191,15 @@ class Forecaster:
         sizes, (loss, use) = self.model.sizes, self.model.losses
         read, misses = missing_of(sizes, plan, use)
         compute, stall = self.costs.layer_times(sizes, plan.min_level, use, read, misses=misses)
-        seconds = float(self.costs.dense + compute.sum() + stall.sum())
+        outside = self.costs.outside(sizes, resident=plan.resident)
+        seconds = float(outside + compute.sum() + stall.sum())
         num_bytes = float(use @ read)
         chosen = loss[np.arange(len(loss)), plan.min_level]
         return Outlook(
             memory,
             plan,
             seconds,
-            self.costs.dense,
+            outside,
             float(compute.sum()),
             float(stall.sum()),
             num_bytes,
@@ -357,6 +358,19 @@ def device_of(name: str, folder: Path, examine: Callable[..., dict] | None = Non
     if name != MEASURED:
         return load_device(name)
     return measured_device((examine or measure)(folder, disk_bytes=64 << 20))
+
+
+def machine(folder: Path) -> Device:
+    """This machine, with its overheads measured too, which takes some seconds."""
+    from dataclasses import asdict
+
+    from comoe.doctor import examine
+    from comoe.overheads import measure_overheads
+    from comoe.policy.devices import measured_device
+
+    report = examine(folder, disk_bytes=64 << 20)
+    bandwidth = report["bandwidth"]["disk"]["bytes_per_second"]
+    return measured_device(report, asdict(measure_overheads(folder, bandwidth)))
 
 
 def summary(

@@ -31,3 +31,17 @@ def packed_demo(tmp_path_factory) -> Path:
     import comoe
 
     return comoe.pack(DEMO, tmp_path_factory.mktemp("packed") / "demo")
+
+
+@pytest.fixture
+def cli(capsys):
+    """Runs a command of comoe in this process: (exit status, standard output, standard error)."""
+    from comoe.cli import main
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        status = main([str(a) for a in arguments])
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return call

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import shutil
 import signal
@@ -14,11 +13,12 @@ from pathlib import Path
 import pytest
 import tiny_lm
 import torch
+from cli_helpers import ok_json
 from transformers import AutoModelForCausalLM
 
 import comoe
 from comoe import demo, doctor
-from comoe.cli import main, tables
+from comoe.cli import tables
 from comoe.cli.common import warning_line
 from comoe.generate import TokenStream, generate_text
 from comoe.trace import Trace
@@ -44,25 +44,6 @@ def text_file(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_text(TEXT, encoding="utf-8")
     return path
-
-
-@pytest.fixture
-def cli(capsys):
-    """Runs a command: (exit status, standard output, standard error)."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        status = main([str(a) for a in arguments])
-        out, err = capsys.readouterr()
-        return status, out, err
-
-    return call
-
-
-def ok_json(result: tuple[int, str, str]):
-    status, out, err = result
-    assert status == 0, err
-    return json.loads(out)  # fails if anything else was printed there
 
 
 def error_of(result: tuple[int, str, str]) -> str:

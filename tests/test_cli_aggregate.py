@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import tiny_lm
 import torch
+from cli_helpers import ok_json
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import comoe
@@ -42,25 +43,6 @@ def packed(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("cli-aggregate")
     model = tiny_lm.save_qwen3_moe(folder / "model", num_experts=EXPERTS)
     return comoe.pack(model, folder / "packed")
-
-
-@pytest.fixture
-def cli(capsys):
-    """Runs a command: (exit status, standard output, standard error)."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        status = main([str(a) for a in arguments])
-        out, err = capsys.readouterr()
-        return status, out, err
-
-    return call
-
-
-def ok_json(result: tuple[int, str, str]):
-    status, out, err = result
-    assert status == 0, err
-    return json.loads(out)
 
 
 @pytest.fixture(scope="module")

@@ -152,3 +152,19 @@ sys.exit(str(sorted((heavy | above) & set(sys.modules))) if (heavy | above) & se
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_deciding_is_paid_where_something_may_be_read():
+    c = costs(deciding=1e-3)
+    use, levels, nothing = np.full(X, 0.25), SIZES.all_at(2), np.zeros(X)
+    assert c.outside(SIZES, resident=True) == 2e-3
+    assert c.outside(SIZES, resident=False) == pytest.approx(2e-3 + 2 * 1e-3)
+    resident = c.token_time(SIZES, levels, use, nothing)
+    assert resident == costs().token_time(SIZES, levels, use, nothing)
+    missing = np.eye(X)[0] * 100.0
+    more = c.token_time(SIZES, levels, use, missing) - costs().token_time(
+        SIZES, levels, use, missing
+    )
+    assert more == pytest.approx(2e-3)
+    with pytest.raises(ValueError, match="deciding"):
+        costs(deciding=-1.0)

@@ -145,5 +145,9 @@ def test_this_machine_as_doctor_measured_it():
     assert (device.name, device.memory, device.memory_bandwidth) == ("measured", 24e9, 3e10)
     assert device.link("disk").bandwidth.mean == 2e9
     assert not any(getattr(device, name) for name in ACCELERATOR)
+    overheads = {"step": 1e-3, "layer": 2e-3, "deciding": 3e-3, "wait": 4e-3}
+    device = measured_device(report(), overheads)
+    assert (device.step_overhead, device.layer_overhead) == (1e-3, 2e-3)
+    assert (device.deciding_overhead, device.disk_latency) == (3e-3, 4e-3)
     with pytest.raises(DeviceError, match="native module; build it"):
         measured_device(report(memory_read=None))

@@ -54,12 +54,12 @@ def reference(store: Path, out: Path) -> None:
     np.savez(out, ids=np.array(ids), logp=logp)
 
 
-def moments_of(name: str, seconds: float, path: Path | None) -> list[series.Moment]:
+def moments_of(name: str, begin: float, seconds: float, path: Path | None) -> list[series.Moment]:
     if path is not None:
         whole = series.read(path)
         return series.window(whole, series.busiest(whole, seconds), seconds)
     if name in series.SHIPPED:
-        return series.window(series.read(series.FOLDER / f"{name}.csv"), 0, seconds)
+        return series.window(series.read(series.FOLDER / f"{name}.csv"), begin, seconds)
     steady = series.window(series.read(series.FOLDER / "steady-5g.csv"), 0, seconds)
     if name == "cut":
         # After a third of the time nothing, after two thirds as before.
@@ -111,7 +111,7 @@ def play(
 ) -> dict:
     """One contender through one script."""
     seconds = args.seconds
-    moments = moments_of(script, seconds, path)
+    moments = moments_of(script, args.begin, seconds, path)
     if contender == "perfect":  # what the memory allows when all that it holds is here
         moments = [series.Moment(0.0, 1000.0, 0.001, 0)]
     limit = int(seconds) + 240
@@ -226,6 +226,10 @@ def main() -> int:
     parser.add_argument("--memory", default="19MB")
     parser.add_argument("--quality")
     parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument(
+        "--begin", type=float, default=0, help="Where in a shipped series to begin."
+    )
+    parser.add_argument("--reference", type=Path, help="npz of the exact model; made if missing.")
     parser.add_argument("--out", type=Path, default=Path("edge-out"))
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--write", action="store_true", help="Write bench/results/edge.json.")
@@ -243,8 +247,9 @@ def main() -> int:
             import comoe
 
             store = comoe.pack(ROOT / "comoe" / "demo_model", Path(folder) / "packed")
-        truth = Path(folder) / "reference.npz"
-        reference(store, truth)
+        truth = args.reference or Path(folder) / "reference.npz"
+        if not truth.exists():
+            reference(store, truth)
         results = []
         for script, path in scripts:
             for contender in args.contender or CONTENDERS:

@@ -47,6 +47,14 @@ LatencyTarget = Annotated[
     float | None,
     typer.Option("--latency-target", metavar="MS", help="Milliseconds that a token may take."),
 ]
+RoutingTolerance = Annotated[
+    float,
+    typer.Option(
+        "--routing-tolerance",
+        help="Cache-aware routing: experts in memory are taken for missing ones whose router logit is at most so "
+        "much higher. 0: never.",
+    ),
+]
 NoVerify = Annotated[
     bool,
     typer.Option(
@@ -103,9 +111,10 @@ def load(
     quality: str | None = None,
     latency_target: float | None = None,
     source: list[str] | None = None,
+    **more: Any,
 ) -> tuple[Any, Any]:
     """The model and its tokenizer; says in one line (stderr) what was decided. source: URLs of other places
-    that have the same store as the URL `path`."""
+    that have the same store as the URL `path`.  more: fields of CoMoEConfig."""
     quiet_transformers()
     # Checked before torch is loaded: a misspelt size should not take seconds to be refused.
     budget = None if memory is None else parse_bytes(memory, "--memory")
@@ -115,6 +124,7 @@ def load(
         "verify": verify,
         "quality": quality,
         "latency": None if latency_target is None else latency_target / 1e3,
+        **more,
     }
     CoMoEConfig.create(**options)
     import comoe
@@ -215,6 +225,7 @@ def run(
     exact: Exact = False,
     quality: Quality = None,
     latency_target: LatencyTarget = None,
+    routing_tolerance: RoutingTolerance = 0.0,
     max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", help="Most new tokens.")] = 128,
     temperature: Annotated[
         float, typer.Option("--temperature", help="0: the likeliest token each time.")
@@ -223,6 +234,8 @@ def run(
     threads: Threads = 0,
     no_verify: NoVerify = False,
     source: remote.Sources = None,
+    expert_server: serving.ExpertServer = None,
+    expert_token_file: serving.ExpertTokenFile = None,
     as_json: Json = False,
 ) -> None:
     """Continue a text, keeping within a memory budget.
@@ -234,7 +247,17 @@ def run(
     text = sys.stdin.read() if prompt == "-" else prompt
     with output(as_json) as emit:
         model, tokenizer = load(
-            path, memory, exact, threads, not no_verify, quality, latency_target, source
+            path,
+            memory,
+            exact,
+            threads,
+            not no_verify,
+            quality,
+            latency_target,
+            source,
+            routing_tolerance=routing_tolerance,
+            expert_server=expert_server,
+            expert_token_file=expert_token_file,
         )
         from comoe.generate import generate_text
 
@@ -265,8 +288,7 @@ def run(
             "plan",
         )
         figures |= {name: stats[name] for name in names}
-        if "remote" in stats:
-            figures["remote"] = stats["remote"]
+        figures |= {name: stats[name] for name in ("remote", "network") if name in stats}
         model.comoe.close()
         if as_json:
             emit(figures)

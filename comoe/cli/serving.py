@@ -1,4 +1,4 @@
-"""comoe serve-experts."""
+"""comoe serve-experts, and the options of those who use it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,18 @@ from typing import Annotated
 import typer
 
 from comoe.config import parse_bytes
+
+ExpertServer = Annotated[
+    str | None,
+    typer.Option(
+        "--expert-server",
+        metavar="URL",
+        help="A machine that runs `comoe serve-experts` on the same store: computes missing experts.",
+    ),
+]
+ExpertTokenFile = Annotated[
+    str | None, typer.Option("--expert-token-file", metavar="FILE", help="Its token.")
+]
 
 
 def serve_experts(

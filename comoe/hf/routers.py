@@ -190,14 +190,18 @@ class NextGate(Predictor):
             raise ValueError(f"NextGate: depth: expected at least 1 layer, got {depth}")
         self.depth = depth
         self._num_experts = [block.spec.num_experts for block in blocks]
+        self._own = [find_gate(model, block, experts_per_token) for block in blocks]
         self._gates: list[Gate | None] = []
-        for before, block in itertools.pairwise(blocks):
+        for later, (before, block) in enumerate(itertools.pairwise(blocks), 1):
             # An encoder's last layer says nothing of the decoder's first: other tokens.
             same_stack = _stack(before.name) == _stack(block.name)
             same_width = before.spec.hidden == block.spec.hidden
-            gate = find_gate(model, block, experts_per_token) if same_stack and same_width else None
-            self._gates.append(gate)
+            self._gates.append(self._own[later] if same_stack and same_width else None)
         self._gates.append(None)
+
+    def own_gate(self, layer_idx: int) -> tuple[int, int, int, int] | None:
+        gate = self._own[layer_idx]
+        return gate.address() if isinstance(gate, LinearGate) else None
 
     @torch.no_grad()
     def choose(self, layer_idx: int, hidden: torch.Tensor, ahead: int = 1) -> torch.Tensor | None:

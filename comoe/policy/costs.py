@@ -1,6 +1,6 @@
 """What things take: seconds and joules of one model's experts on one device.
 
-    seconds per token = dense + sum over layers (C_l + stall_l)
+    seconds per token = dense + sum over layers (deciding + C_l + stall_l)
     C_l      = sum over the layer's experts: touched * compute[expert, level used]
     read_l   = P(anything missing in the layer) * latency + expected missing bytes / bandwidth
     stall_l  = read_l - min(overlap * read_l, C_l + dense / layers)
@@ -31,6 +31,7 @@ class Costs:
     dense: seconds per token outside the experts.
     bandwidth: bytes/s from where the missing records lie, the slowest tier in use.
     latency: seconds per layer in which something is missing and waited for.
+    deciding: seconds per layer with experts under a plan that may read, for predictions, values and misses.
     overlap: share of read time that is hidden behind compute, 0 to 1.
     joules_per_byte: of missing bytes.  joules_per_second: of the whole device at work."""
 
@@ -41,6 +42,7 @@ class Costs:
     overlap: float = 0.0
     joules_per_byte: float = 0.0
     joules_per_second: float = 0.0
+    deciding: float = 0.0
 
     def __post_init__(self) -> None:
         if self.compute.ndim != 2 or not (self.compute >= 0).all():
@@ -48,7 +50,7 @@ class Costs:
                 "Costs: compute: expected seconds >= 0 of shape [experts, levels], got shape "
                 f"{self.compute.shape}; check the measured speeds"
             )
-        for name in ("dense", "latency", "joules_per_byte", "joules_per_second"):
+        for name in ("dense", "latency", "joules_per_byte", "joules_per_second", "deciding"):
             if not 0 <= getattr(self, name) < np.inf:
                 raise ValueError(
                     f"Costs: {name}: expected a number >= 0, got {getattr(self, name)}"
@@ -91,7 +93,12 @@ class Costs:
             overlap,
             device.joules_per_byte(tier),
             device.watts,
+            device.deciding_overhead,
         )
+
+    def outside(self, sizes: Sizes, *, resident: bool) -> float:
+        """Seconds per token that neither experts nor reads take. resident: nothing may have to be read."""
+        return self.dense + (0.0 if resident else len(sizes.num_experts) * self.deciding)
 
     def measured(
         self, snapshot: Snapshot, sizes: Sizes, weights: np.ndarray, tier: str = "disk"
@@ -175,7 +182,8 @@ class Costs:
         compute, stall = self.layer_times(
             sizes, used_levels, use, missing_bytes, tokens=tokens, misses=misses
         )
-        return float(self.dense + compute.sum() + stall.sum())
+        outside = self.outside(sizes, resident=not np.any(missing_bytes))
+        return float(outside + compute.sum() + stall.sum())
 
     def token_joules(self, seconds: float, read_bytes: float) -> float:
         """Joules of a pass that takes `seconds` and reads `read_bytes`."""

@@ -10,6 +10,7 @@ A profile is one flat object; sizes in bytes, rates per second, energy in joules
     flops                         fp32 of the processor that computes
     kernel_share                  of its memory bandwidth that decode kernels reach
     layer_overhead, step_overhead seconds per decoder layer, and per token, that do not depend on bytes
+    deciding_overhead             seconds per layer with experts, of plans under which something may be read
     watts                         of the whole device at work
     disk_joules_per_byte, memory_joules_per_byte
     sources                       where each figure is from, by its name
@@ -29,6 +30,8 @@ from typing import Any
 from comoe.policy.snapshot import Estimate, Link
 
 MEASURED = "measured"
+# Seconds, of one core of an AMD EPYC (Zen 4).
+LAYER_OVERHEAD, STEP_OVERHEAD, DECIDING_OVERHEAD = 5.6e-4, 7e-4, 8e-5
 ACCELERATOR = (
     "accelerator_memory",
     "accelerator_bandwidth",
@@ -55,6 +58,7 @@ class Device:
     kernel_share: float
     layer_overhead: float
     step_overhead: float
+    deciding_overhead: float
     watts: float
     disk_joules_per_byte: float
     memory_joules_per_byte: float
@@ -154,9 +158,13 @@ def parse_device(name: str, profile: Any) -> Device:
     return Device(name, str(profile.get("title", name)), **numbers)
 
 
-def measured_device(report: Mapping[str, Any]) -> Device:
+def measured_device(
+    report: Mapping[str, Any], overheads: Mapping[str, float] | None = None
+) -> Device:
     """This machine, from what `comoe doctor` measured (doctor.examine). What it does not measure is as
     on a machine like the one that the kernels were measured on.
+
+    overheads: step, layer, deciding and wait in seconds, as comoe/overheads.py measures them.
 
     Raises DeviceError where the native module is missing, since then nothing was measured.
     """
@@ -166,19 +174,20 @@ def measured_device(report: Mapping[str, Any]) -> Device:
             "device measured: memory bandwidth cannot be measured without the native module; build it "
             "(make build), or name a profile: " + ", ".join(device_names())
         )
-    disk = bandwidth["disk"]
+    disk, known = bandwidth["disk"], dict(overheads or {})
     return Device(
         MEASURED,
         f"this machine: {report['cpu']['model']}, {report['cpu']['cores']} cores",
         memory=float(memory["total"]),
         memory_bandwidth=float(bandwidth["memory_read"]),
         disk_bandwidth=float(disk["bytes_per_second"]),
-        disk_latency=float(disk["latency_seconds"]),
+        disk_latency=float(known.get("wait", disk["latency_seconds"])),
         # 16 fp32 lanes, two at once, at 2.5 GHz: decode is bound by memory long before.
         flops=8e10 * report["cpu"]["cores"],
         kernel_share=0.8,
-        layer_overhead=5.6e-4,
-        step_overhead=7e-4,
+        layer_overhead=known.get("layer", LAYER_OVERHEAD),
+        step_overhead=known.get("step", STEP_OVERHEAD),
+        deciding_overhead=known.get("deciding", DECIDING_OVERHEAD),
         watts=15.0 * report["cpu"]["cores"],
         disk_joules_per_byte=1.24e-9,
         memory_joules_per_byte=8e-11,

@@ -54,7 +54,8 @@ class PathWatch:
         reason = None if last is None else self._changed(last, path)
         if reason is not None:
             self._up, self._away = path.link, 0
-            self._trend.clear()
+            if not reason.startswith("bandwidth"):
+                self._trend.clear()
             self.log.append((path.time, reason))
         elif self._up is None:
             self._up = path.link

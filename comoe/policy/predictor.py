@@ -34,6 +34,10 @@ class Predictor(Protocol):
         for this call. Empty: ask predict."""
         return []
 
+    def own_gate(self, layer_idx: int) -> tuple[int, int, int, int] | None:
+        """The linear gate of a layer itself, as linear_gates gives them; None: not known."""
+        return None
+
     def predict_next(self, layer_idx: int) -> np.ndarray | None:
         """After `layer_idx` ran: int64 array of what it will likely use at the next token, most likely
         first; None if it cannot tell."""

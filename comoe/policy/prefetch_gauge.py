@@ -16,9 +16,9 @@ from collections import deque
 
 from comoe.policy.predictor import PrefetchGauge
 
-BLOCK = 8  # steps
-SETTLE = 2  # of them that do not count
-PROBE_EVERY = 16  # blocks
+BLOCK = 4  # steps
+SETTLE = 1  # of them that do not count
+PROBE_EVERY = 24  # blocks
 SURE = 2.0  # standard errors from which it is clear
 FIRST_PAIRS = 3  # comparisons before anything is clear
 FADE = 0.25  # weight of a new comparison, once there are 1 / FADE of them

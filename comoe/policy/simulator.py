@@ -382,7 +382,8 @@ class Simulator:
                 break
 
     def _layer(self, row: int, layer_idx: int, chosen: np.ndarray, weights: np.ndarray) -> None:
-        dense = self.costs.dense / len(self.sizes.num_experts)
+        outside = self.costs.outside(self.sizes, resident=self.plan.resident)
+        dense = outside / len(self.sizes.num_experts)
         self._advance(self.time + dense)
         self.time += dense
         self._tick += 1

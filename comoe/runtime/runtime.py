@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -179,6 +180,7 @@ class Runtime:
         if network and not config.exact:
             links = None if remote is None else remote.sources.links
             self.network = Network(self.engine, self.store_sizes, links, self._elsewhere())
+        self._complete = False  # all that the plan holds is here, so that nothing can be missing
         # In force beside the plan; None: nothing is missing.
         self._network_rule: MissRule | None = None
         self.records = Records(store, table)
@@ -193,6 +195,8 @@ class Runtime:
             add_layer(self._op, layer, ids, first[layer_idx], activation, spec.alpha, spec.limit)
         self._policy = _C.MoePolicy(self.engine, self._op, cache is None, self.live.profile.decay)
         self.kept = Kept(self.engine, cache or self._policy, table.ids)
+        self._policy.set_tolerance(config.routing_tolerance)
+        self._routes = config.routing_tolerance > 0  # by what is resident
         for layer_idx, bits in enumerate(self.records.bits):
             self._policy.set_bits(layer_idx, bits)
         ends = np.cumsum([spec.num_experts for spec in specs])
@@ -249,7 +253,7 @@ class Runtime:
         call = None
         if sent.size:
             call = self.network.away.send(layer_idx, hidden, index, top_k_weights, sent)
-        if self.remote is None or self.config.exact:
+        if self.remote is None or self.config.exact or self._complete:
             out = self._compute(layer_idx, hidden, local, top_k_weights, low)
         else:
             out = self._compute_from_afar(layer_idx, hidden, local, top_k_weights, low)
@@ -353,6 +357,7 @@ class Runtime:
                 part,
                 low,
                 guesses,
+                self._own_gate(layer_idx, tokens),
             )
         if self.kept.watches and not self.plan.resident:
             self.kept.note(layer_idx, self._used[layer_idx])
@@ -374,6 +379,12 @@ class Runtime:
         if decided is None:
             return index, low, _NONE
         return torch.from_numpy(decided[0]), decided[1], decided[2]
+
+    def _own_gate(self, layer_idx: int, tokens: int) -> tuple | None:
+        """The layer's router for the native half, if routing goes by what is resident."""
+        if not self._routes or tokens > NATIVE_GATE_TOKENS:
+            return None
+        return self.predictor.own_gate(layer_idx)
 
     def _guess(self, layer_idx: int, hidden: torch.Tensor) -> list[tuple]:
         """What to read ahead while this layer computes: (later layer, its likely experts, None), or its
@@ -496,6 +507,12 @@ class Runtime:
             self._rule = rule
             self._set_rule()
 
+    def set_routing_tolerance(self, tolerance: float) -> None:
+        """Cache-aware routing from now on; see CoMoEConfig.routing_tolerance."""
+        replace(self.config, routing_tolerance=tolerance)  # checks it
+        self._policy.set_tolerance(tolerance)
+        self._routes = tolerance > 0
+
     def _set_goal(self, change: Callable[[], object]) -> str:
         if self.config.exact:
             raise ValueError(
@@ -565,7 +582,7 @@ class Runtime:
     def _watch_path(self, snapshot: Snapshot) -> Decision | None:
         """Follows the network: another path asks for another plan, and for the most valuable first."""
         reason = self.network.look()
-        complete = self.plan.resident and self._has(self._base)
+        self._complete = complete = self.plan.resident and self._has(self._base)
         self._network_rule = None if complete or self._rule is not None else self.network.rule
         if reason is None:
             return None
@@ -644,6 +661,7 @@ class Runtime:
         experts that rise are computed as before until all has come, so that nothing waits for an upgrade.
         """
         before, self.plan = self.plan, plan
+        self._complete = False
         self._min_level = self.store_sizes.of_layer(plan.min_level)
         self._want_level = self.store_sizes.of_layer(plan.want_level)
         rises = rising and plan.resident and before is not plan and before.resident
@@ -768,6 +786,7 @@ class Runtime:
                 name: policy[name] + getattr(self.missing, name)
                 for name in ("waited", "coarser", "skipped")
             }
+            | {"replaced": policy["replaced"]}
             | {"sent": self.missing.sent},
             "plan": self.plan.describe(),
             "engine": engine,

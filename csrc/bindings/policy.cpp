@@ -66,17 +66,19 @@ LeastCost make_rule(const Table<double>& loss, const Table<double>& bytes,
 using PyGate = std::tuple<uintptr_t, uintptr_t, int, int64_t>;
 using PyGuess = std::tuple<int, std::optional<Table<int64_t>>, std::optional<PyGate>>;
 
+LinearGate gate_of(const PyGate& gate) {
+  const auto [weight, bias, dtype, k] = gate;
+  return {reinterpret_cast<const void*>(weight), reinterpret_cast<const void*>(bias),
+          dtype_of(dtype), k};
+}
+
 std::vector<Guess> guesses_of(const std::vector<PyGuess>& guesses) {
   std::vector<Guess> out;
   for (const auto& [later, experts, gate] : guesses) {
     Guess guess;
     guess.later = later;
     if (experts) guess.experts.assign(experts->data(), experts->data() + experts->size());
-    if (gate) {
-      const auto [weight, bias, dtype, k] = *gate;
-      guess.gate = {reinterpret_cast<const void*>(weight), reinterpret_cast<const void*>(bias),
-                    dtype_of(dtype), k};
-    }
+    if (gate) guess.gate = gate_of(*gate);
     out.push_back(std::move(guess));
   }
   return out;
@@ -118,7 +120,8 @@ Table<float> logits_of(uintptr_t weight, uintptr_t bias, int dtype, int64_t E, i
 void step(MoePolicy& policy, const MoeOp& op, int layer_idx, uintptr_t x, int x_dtype,
           int64_t x_stride, uintptr_t expert_idx, uintptr_t weights, int64_t T, int64_t K,
           uintptr_t out, bool round_products, int64_t part,
-          const std::optional<Table<uint8_t>>& low, const std::vector<PyGuess>& guesses) {
+          const std::optional<Table<uint8_t>>& low, const std::vector<PyGuess>& guesses,
+          const std::optional<PyGate>& own) {
   MoeInput input = routing(expert_idx, weights, T, K);
   input.x = reinterpret_cast<const void*>(x);
   input.x_dtype = dtype_of(x_dtype);
@@ -128,9 +131,11 @@ void step(MoePolicy& policy, const MoeOp& op, int layer_idx, uintptr_t x, int x_
   if (low && low->size() != op.layer(layer_idx).num_experts())
     throw std::invalid_argument("MoePolicy.step: low: expected one level per expert");
   std::vector<Guess> known = guesses_of(guesses);
+  const LinearGate router = own ? gate_of(*own) : LinearGate{};
   const uint8_t* levels = low ? low->data() : nullptr;
   py::gil_scoped_release release;
-  policy.step(layer_idx, input, reinterpret_cast<void*>(out), part, levels, std::move(known));
+  policy.step(layer_idx, input, reinterpret_cast<void*>(out), part, levels, std::move(known),
+              router);
 }
 
 py::object decide(MoePolicy& policy, int layer_idx, uintptr_t expert_idx, uintptr_t weights,
@@ -164,6 +169,7 @@ py::dict counters(const MoePolicy& policy) {
   out["waited"] = c.waited;
   out["coarser"] = c.coarser;
   out["skipped"] = c.skipped;
+  out["replaced"] = c.replaced;
   return out;
 }
 
@@ -241,12 +247,16 @@ void bind_policy(py::module_& m) {
       .def("step", &step, py::arg("op"), py::arg("layer_idx"), py::arg("x"), py::arg("x_dtype"),
            py::arg("x_stride"), py::arg("expert_idx"), py::arg("weights"), py::arg("T"),
            py::arg("K"), py::arg("out"), py::arg("round_products"), py::arg("part"), py::arg("low"),
-           py::arg("guesses"),
+           py::arg("guesses"), py::arg("own") = py::none(),
            "Computes a layer. low: uint8 [E] or None: as the rule decides.  guesses: of later "
            "layers, "
            "nearest first: (layer, likely experts int64 or None, else gate (weight, bias or 0, "
            "dtype, "
-           "k)).")
+           "k)).  own: the layer's own gate, for set_tolerance.")
+      .def("set_tolerance", &MoePolicy::set_tolerance, py::arg("tolerance"),
+           "Cache-aware routing: what is missing gives way to resident experts whose score is at "
+           "most "
+           "so much lower; 0: never.")
       .def(
           "note_routing",
           [](MoePolicy& policy, int layer_idx, uintptr_t expert_idx, uintptr_t weights, int64_t T,

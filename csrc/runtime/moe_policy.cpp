@@ -1,6 +1,7 @@
 #include "moe_policy.h"
 
 #include <algorithm>
+#include <cmath>
 #include <numeric>
 #include <stdexcept>
 #include <utility>
@@ -41,6 +42,13 @@ void MoePolicy::set_plan(bool reads, std::unique_ptr<const LeastCost> rule, bool
   reads_ = reads;
   rule_ = std::move(rule);
   follows_ = follows;
+}
+
+void MoePolicy::set_tolerance(double tolerance) {
+  if (!(tolerance >= 0))
+    throw std::invalid_argument("MoePolicy.set_tolerance: expected a number of at least 0");
+  std::lock_guard<std::mutex> lock(mutex_);
+  tolerance_ = tolerance;
 }
 
 void MoePolicy::set_bits(int layer, std::vector<double> bits) {
@@ -114,6 +122,79 @@ std::unique_ptr<Decided> MoePolicy::decide(int layer_idx, const MoeInput& in) {
   counters_.coarser += more.coarser;
   counters_.skipped += more.skipped;
   return changed ? std::move(decided) : nullptr;
+}
+
+// A token's missing experts, the heaviest first, each take the best resident expert that the token
+// has not chosen. Gate weights: scores are logits of a softmax, so what replaces an expert weighs
+// exp(score' - score) times as much; then the token's weights are scaled to the sum that they had.
+std::unique_ptr<MoePolicy::Routing> MoePolicy::among_resident(int layer_idx, const MoeInput& in,
+                                                              const LinearGate& own) {
+  double tolerance;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    tolerance = reads_ ? tolerance_ : 0;
+  }
+  if (tolerance <= 0 || own.weight == nullptr) return nullptr;
+  const int64_t E = count(layer_idx), H = op_.layer(layer_idx).spec.geometry.hidden;
+  const MoeOp::Levels levels = op_.levels(layer_idx);
+  std::vector<Need> needs;
+  for (int64_t e = 0; e < E; ++e)
+    needs.push_back({op_.layer(layer_idx).first_expert + static_cast<int32_t>(e), levels.min[e],
+                     levels.want[e]});
+  const std::vector<int> resident = engine_.resident_levels(needs);  // -1: not at the plan's level
+  std::unique_ptr<Routing> routing;
+  std::vector<float> logits(E);
+  std::vector<bool> taken(E);
+  std::vector<int64_t> order(in.K);
+  int64_t replaced = 0;
+  for (int64_t t = 0; t < in.T; ++t) {
+    const int64_t* index = in.expert_idx + t * in.K;
+    const float* weights = in.weights + t * in.K;
+    const auto missing = [&](int64_t e) { return e >= 0 && e < E && resident[e] < 0; };
+    if (std::none_of(index, index + in.K, missing)) continue;
+    router_logits(own.weight, own.bias, own.dtype, E, H,
+                  element_at(in.x, in.x_dtype, t * in.x_stride), in.x_dtype, logits.data());
+    std::fill(taken.begin(), taken.end(), false);
+    for (int64_t k = 0; k < in.K; ++k)
+      if (index[k] >= 0 && index[k] < E) taken[index[k]] = true;
+    std::iota(order.begin(), order.end(), 0);
+    std::stable_sort(order.begin(), order.end(),
+                     [&](int64_t a, int64_t b) { return weights[a] > weights[b]; });
+    double before = 0, after = 0;
+    bool changed = false;
+    std::vector<float> scaled(weights, weights + in.K);
+    std::vector<int64_t> chosen(index, index + in.K);
+    for (int64_t k : order) {
+      before += weights[k];
+      if (missing(index[k])) {
+        int64_t best = -1;
+        for (int64_t e = 0; e < E; ++e)
+          if (!taken[e] && resident[e] >= 0 && (best < 0 || logits[e] > logits[best])) best = e;
+        if (best >= 0 && logits[best] >= logits[index[k]] - tolerance) {
+          taken[best] = true;
+          chosen[k] = best;
+          scaled[k] *= std::exp(std::min(logits[best] - logits[index[k]], 0.0f));
+          changed = true;
+          ++replaced;
+        }
+      }
+      after += scaled[k];
+    }
+    if (!changed) continue;
+    if (!routing) {
+      routing = std::make_unique<Routing>();
+      routing->index.assign(in.expert_idx, in.expert_idx + in.T * in.K);
+      routing->weights.assign(in.weights, in.weights + in.T * in.K);
+    }
+    const auto scale = static_cast<float>(before / std::max(after, 1e-30));
+    for (int64_t k = 0; k < in.K; ++k) {
+      routing->index[t * in.K + k] = chosen[k];
+      routing->weights[t * in.K + k] = scaled[k] * scale;
+    }
+  }
+  std::lock_guard<std::mutex> lock(mutex_);
+  counters_.replaced += replaced;
+  return routing;
 }
 
 void MoePolicy::choose(int later, const MoeInput& in, Guess& guess) const {
@@ -193,11 +274,17 @@ void MoePolicy::ran(int layer, const std::vector<uint8_t>& used) {
 }
 
 void MoePolicy::step(int layer, const MoeInput& in, void* out, int64_t part, const uint8_t* low,
-                     std::vector<Guess> guesses) {
+                     std::vector<Guess> guesses, const LinearGate& own) {
   note_routing(layer, in);
-  const int64_t* index = in.expert_idx;
+  MoeInput routed = in;
+  const std::unique_ptr<Routing> near = among_resident(layer, in, own);
+  if (near) {
+    routed.expert_idx = near->index.data();
+    routed.weights = near->weights.data();
+  }
+  const int64_t* index = routed.expert_idx;
   std::unique_ptr<Decided> decided;
-  if (!low) decided = decide(layer, in);
+  if (!low) decided = decide(layer, routed);
   if (decided) {
     index = decided->index.data();
     low = decided->low.data();
@@ -209,7 +296,7 @@ void MoePolicy::step(int layer, const MoeInput& in, void* out, int64_t part, con
     MoeInput some = in;
     some.x = element_at(in.x, in.x_dtype, t * in.x_stride);
     some.expert_idx = index + t * in.K;
-    some.weights = in.weights + t * in.K;
+    some.weights = routed.weights + t * in.K;
     some.T = std::min(part, in.T - t);
     op_.forward(layer, some, element_at(out, in.x_dtype, t * H), used.data(), ahead, low);
     ahead.clear();

@@ -37,6 +37,7 @@ struct PolicyCounters {
   double bits = 0;                                  // per weight, summed over them
   int64_t guessed = 0, guessed_used = 0, used = 0;  // experts of layers that were predicted
   int64_t waited = 0, coarser = 0, skipped = 0;     // experts that the rule decided about
+  int64_t replaced = 0;                             // ... for which a resident one was taken
 };
 
 // How the router's choice was changed: what is left out has index E.
@@ -55,13 +56,17 @@ class MoePolicy {
   // Under the plan in force: whether anything is read while computing, the rule about what is
   // missing (null: wait), and whether routing is noted.
   void set_plan(bool reads, std::unique_ptr<const LeastCost> rule, bool follows);
+  // Cache-aware routing: an expert of which something is missing gives way to a resident one whose
+  // score is at most this much lower; 0: never.
+  void set_tolerance(double tolerance);
   // Bits per weight of each expert at each level, [E, levels].
   void set_bits(int layer, std::vector<double> bits);
 
   // One layer: decides, reads ahead, computes at most `part` tokens at once, and takes note.
-  // low: [E] instead of the rule's decision, or null.
+  // low: [E] instead of the rule's decision, or null.  own: the layer's router, for set_tolerance;
+  // without a weight nothing is replaced.
   void step(int layer, const MoeInput& input, void* out, int64_t part, const uint8_t* low,
-            std::vector<Guess> guesses);
+            std::vector<Guess> guesses, const LinearGate& own = {});
 
   // The pieces of it, for callers that compute themselves.
   void note_routing(int layer, const MoeInput& input);
@@ -81,6 +86,12 @@ class MoePolicy {
     std::vector<int32_t> experts;
   };
   void choose(int later, const MoeInput& input, Guess& guess) const;
+  struct Routing {
+    std::vector<int64_t> index;  // [T, K]
+    std::vector<float> weights;
+  };
+  // Null: nothing is missing, or nobody is close enough.
+  std::unique_ptr<Routing> among_resident(int layer, const MoeInput& input, const LinearGate& own);
   int64_t count(int layer) const { return first_[layer + 1] - first_[layer]; }
 
   Engine& engine_;
@@ -91,6 +102,7 @@ class MoePolicy {
   mutable std::mutex mutex_;  // what set_plan changes, and what is counted
   std::shared_ptr<const LeastCost> rule_;
   bool reads_ = false, follows_ = false;
+  double tolerance_ = 0;
   RoutingProfile profile_;
   PolicyCounters counters_;
   std::vector<std::vector<double>> bits_;  // [layers][E, levels]
