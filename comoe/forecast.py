@@ -360,19 +360,6 @@ def device_of(name: str, folder: Path, examine: Callable[..., dict] | None = Non
     return measured_device((examine or measure)(folder, disk_bytes=64 << 20))
 
 
-def machine(folder: Path) -> Device:
-    """This machine, with its overheads measured too, which takes some seconds."""
-    from dataclasses import asdict
-
-    from comoe.doctor import examine
-    from comoe.overheads import measure_overheads
-    from comoe.policy.devices import measured_device
-
-    report = examine(folder, disk_bytes=64 << 20)
-    bandwidth = report["bandwidth"]["disk"]["bytes_per_second"]
-    return measured_device(report, asdict(measure_overheads(folder, bandwidth)))
-
-
 def summary(
     forecaster: Forecaster, outlook: Outlook, config: CoMoEConfig, *, explain: bool = False
 ) -> dict[str, Any]:

@@ -4,7 +4,8 @@ Two models that differ in their number of layers only are packed and run token b
 
     resident   everything in memory: transformers and torch, and calling the kernels
     reading    everything in memory, but under a plan that may read: what deciding adds
-    waiting    with room for few experts: what a wait adds beside the bytes
+    waiting    with room for few experts: what a layer that waits adds beside the bytes, in waiting and in
+               computing more slowly meanwhile
 
 The difference of the two models is that of their layers; what is left is the step's. A few seconds.
 """
@@ -77,54 +78,87 @@ class _Reader:
             self.at += 1
 
     @property
-    def typical(self) -> float:
-        return float(np.median(self.seconds))
+    def done(self) -> bool:
+        return self.at >= len(self.tokens)
 
 
-def measure_overheads(folder: str | Path, disk_bandwidth: float) -> Overheads:
-    """folder: on the disk that stores lie on.  disk_bandwidth: bytes/s of large reads there."""
-    import comoe
+class Probe:
+    """The small models at work. `turn` feeds each some tokens; whoever times something else beside them
+    takes turns with it, so that whatever else the machine does hits all alike. Close it in the end."""
 
-    with tempfile.TemporaryDirectory(prefix=".comoe-", dir=folder) as scratch:
-        readers = {}
+    def __init__(self, folder: str | Path):
+        """folder: on the disk that stores lie on; small models are written there, and removed at once."""
+        import comoe
+
+        self._scratch = tempfile.TemporaryDirectory(prefix=".comoe-", dir=folder)
+        self._readers: dict[tuple[str, int], _Reader] = {}
+        root = Path(self._scratch.name)
         for layers in LAYERS:
-            packed = comoe.pack(
-                _checkpoint(Path(scratch) / f"of{layers}", layers), Path(scratch) / f"p{layers}"
-            )
-            readers["resident", layers] = _Reader(packed, 1, memory="200MB", exact=True)
-            reading = readers["reading", layers] = _Reader(packed, 1, memory="200MB")
-            reading.model.comoe.set_planner(_Cached())
-            fixed = reading.model.comoe.budget
-            least = fixed.sizes.dense + fixed.reserve(0)
-            one = reading.model.comoe.store_sizes.largest(
-                _Cached().least(reading.model.comoe.store_sizes, exact=True)
-            )
-            readers["waiting", layers] = _Reader(
-                packed, 1, memory=int(least + KEPT * one), exact=True
-            )
+            checkpoint = _checkpoint(root / f"of{layers}", layers)
+            packed = comoe.pack(checkpoint, root / f"packed{layers}")
+            self._readers["resident", layers] = _Reader(packed, 1, memory="200MB", exact=True)
+            reading = self._readers["reading", layers] = _Reader(packed, 1, memory="200MB")
+            runtime = reading.model.comoe
+            runtime.set_planner(_Cached())
+            sizes, budget = runtime.store_sizes, runtime.budget
+            few = KEPT * sizes.largest(sizes.all_at(sizes.levels.exact))
+            memory = budget.sizes.dense + budget.reserve(0) + few
+            self._readers["waiting", layers] = _Reader(packed, 1, memory=int(memory), exact=True)
+        for reader in self._readers.values():
+            reader.model.comoe.wait_ready()
+
+    @property
+    def done(self) -> bool:
+        return all(reader.done for reader in self._readers.values())
+
+    def turn(self) -> None:
         with torch.inference_mode():
-            for reader in readers.values():
-                reader.model.comoe.wait_ready()
-            for _ in range((WARM_UP + TOKENS) // TURN):
-                for reader in readers.values():
+            for reader in self._readers.values():
+                if not reader.done:
                     reader.turn()
+
+    def overheads(self, disk_bandwidth: float) -> Overheads:
+        """disk_bandwidth: bytes/s of large reads."""
         few, many = LAYERS
-        seconds = {key: reader.typical for key, reader in readers.items()}
+        seconds = {key: middle(reader.seconds) for key, reader in self._readers.items()}
         layer = {
             way: (seconds[way, many] - seconds[way, few]) / (many - few)
             for way in ("resident", "reading")
         }
-        engine = readers["waiting", many].model.comoe.engine.stats()
-        waits = max(engine["waits"], 1)
-        wait = (engine["wait_seconds"] - engine["demand_bytes"] / disk_bandwidth) / waits
-        for reader in readers.values():
+        # All that tokens take longer, not only the waits: reading also takes cores from computing.
+        waiting = self._readers["waiting", many]
+        engine, tokens = waiting.model.comoe.engine.stats(), waiting.at
+        longer = (seconds["waiting", many] - seconds["reading", many]) * tokens
+        wait = (longer - engine["demand_bytes"] / disk_bandwidth) / max(engine["waits"], 1)
+        return Overheads(
+            max(seconds["resident", few] - few * layer["resident"], 0.0),
+            max(layer["resident"], 0.0),
+            max(layer["reading"] - layer["resident"], 0.0),
+            max(wait, 0.0),
+        )
+
+    def close(self) -> None:
+        for reader in self._readers.values():
             reader.model.comoe.close()
-    return Overheads(
-        max(seconds["resident", few] - few * layer["resident"], 0.0),
-        max(layer["resident"], 0.0),
-        max(layer["reading"] - layer["resident"], 0.0),
-        max(wait, 0.0),
-    )
+        self._scratch.cleanup()
+
+
+def middle(seconds: list[float]) -> float:
+    """Mean of the middle half: what a step takes when nothing interrupts it."""
+    ordered = np.sort(seconds)
+    cut = len(ordered) // 4
+    return float(ordered[cut : len(ordered) - cut].mean())
+
+
+def measure_overheads(folder: str | Path, disk_bandwidth: float) -> Overheads:
+    """folder: on the disk that stores lie on.  disk_bandwidth: bytes/s of large reads there."""
+    probe = Probe(folder)
+    try:
+        while not probe.done:
+            probe.turn()
+        return probe.overheads(disk_bandwidth)
+    finally:
+        probe.close()
 
 
 def _checkpoint(folder: Path, layers: int) -> Path:

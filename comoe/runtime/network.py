@@ -22,6 +22,7 @@ from comoe.policy.plan import Plan, Sizes
 from comoe.policy.snapshot import Estimate, Link
 from comoe.runtime.elsewhere import ExpertsElsewhere
 from comoe.runtime.live import Live
+from comoe.tiers.sources import Sources
 
 RESIDENT = 2
 DEADLINE = 0.05  # seconds: what should come later than that is not waited for
@@ -35,13 +36,18 @@ log = logging.getLogger("comoe")
 
 
 class Network:
-    """Of one runtime. links: of the sources of a remote store, None: the store is here.  away: a machine that
-    computes experts, or None."""
+    """Of one runtime. sources: of a remote store, None: the store is here.  away: a machine that computes
+    experts, or None."""
 
     def __init__(
-        self, engine: _C.Engine, sizes: Sizes, links: Links | None, away: ExpertsElsewhere | None
+        self,
+        engine: _C.Engine,
+        sizes: Sizes,
+        sources: Sources | None,
+        away: ExpertsElsewhere | None,
     ):
-        self._engine, self._sizes, self._links, self.away = engine, sizes, links, away
+        self._engine, self._sizes, self._sources, self.away = engine, sizes, sources, away
+        self._links = None if sources is None else sources.links
         self.watch = PathWatch()
         self.rule: LeastCost | None = None
         self._looked = -np.inf
@@ -57,6 +63,7 @@ class Network:
         if self.away is not None:
             self.away.tick()
         now = time.monotonic()
+        before = self._interface
         if now - self._looked >= LOOK_SECONDS:
             self._looked, self._interface = now, carriers()
         best = None if self._links is None else self._links.best()
@@ -66,15 +73,16 @@ class Network:
         if reason is None and self.watch.losing and not losing:
             reason = "the link is fading"
         if reason is not None:
-            self._path_changed(reason)
+            lost = set(before.split("+")) - set(self._interface.split("+"))
+            self._path_changed(reason, bool(lost))
         self._refresh()
         return reason
 
-    def _path_changed(self, reason: str) -> None:
+    def _path_changed(self, reason: str, lost: bool) -> None:
         log.info("network: %s", reason)
         if reason.startswith("interface"):
-            if self._links is not None:
-                self._links.path_changed()
+            if self._sources is not None:
+                self._sources.path_changed(lost)
             if self.away is not None:
                 self.away.policy.path_changed()
         if reason.startswith(("interface", "link back")):

@@ -178,8 +178,8 @@ class Runtime:
         )
         self.network = None
         if network and not config.exact:
-            links = None if remote is None else remote.sources.links
-            self.network = Network(self.engine, self.store_sizes, links, self._elsewhere())
+            sources = None if remote is None else remote.sources
+            self.network = Network(self.engine, self.store_sizes, sources, self._elsewhere())
         self._complete = False  # all that the plan holds is here, so that nothing can be missing
         # In force beside the plan; None: nothing is missing.
         self._network_rule: MissRule | None = None

@@ -347,6 +347,15 @@ class Sources:
             if transfer.source == name and transfer.last < asked - self.links.silence(name) / 2:
                 transfer.abort(TooSlow(f"{name}: the connection was lost"))
 
+    def path_changed(self, lost: bool) -> None:
+        """Another way leads to the sources now, and all may be asked at once. lost: an interface is gone, and
+        with it perhaps what is under way: that is asked for again, rather than waited for."""
+        with self._lock:
+            running = [one.transfer for one in self._running.values()] if lost else []
+        for transfer in running:
+            transfer.abort(TooSlow(f"{transfer.source}: the network interface was lost"))
+        self.links.path_changed()
+
     @contextlib.contextmanager
     def _probing(self, transfer: Transfer) -> Iterator[None]:
         """So that `close` can end it."""
