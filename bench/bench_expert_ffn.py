@@ -144,8 +144,6 @@ def main() -> None:
         "--write", action="store_true", help="append rows to bench/results/expert_ffn.csv"
     )
     args = parser.parse_args()
-    if args.hot and args.write:
-        parser.error("--write: the table is of cold weights; leave --hot out")
     threads.share_torch_threads() if args.torch_threads else threads.use_own_threads()
     rng = np.random.default_rng(0)
     arena = Arena(COLD_BYTES + (1 << 20))
@@ -154,6 +152,7 @@ def main() -> None:
         for level in (LEVELS.index(name) for name in args.levels):
             coded = level == 4 and args.exact_dtype != "bf16"
             label = args.exact_dtype if coded else LEVELS[level]
+            label += " hot" if args.hot else ""
             experts = experts_of(arena, rng, hidden, intermediate, level, args.exact_dtype)
             for rows in args.rows:
                 x = torch.randn(rows, hidden).bfloat16()

@@ -193,11 +193,6 @@ class Records:
     def count(self) -> int:
         return len(self._bytes)
 
-    def of(self, layer_idx: int, experts: np.ndarray, levels: np.ndarray) -> np.ndarray:
-        """int32 ids of the records of some experts of a layer at their levels, expert by expert."""
-        ids = self._ids[layer_idx][experts]
-        return ids[self._needs[levels] & (ids >= 0)]
-
     def above(
         self, layer_idx: int, experts: np.ndarray, low: np.ndarray, high: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
