@@ -45,3 +45,29 @@ def cli(capsys):
         return status, out, err
 
     return call
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    """Copies of remote stores go into the test's own folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def server(packed_demo):
+    """The bundled model, packed, on a web server of the test's own."""
+    from range_server import RangeServer
+
+    with RangeServer(packed_demo) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def host(packed_demo):
+    """Its experts, ready to be served to other machines."""
+    from comoe.serve.host import ExpertHost
+
+    host = ExpertHost(packed_demo, 40_000_000)
+    host.runtime.wait_ready()
+    yield host
+    host.close()

@@ -10,7 +10,6 @@ from expert_server import TOKEN, serving
 import comoe
 from comoe.config import CoMoEConfig
 from comoe.policy.misses import SENT
-from comoe.serve.host import ExpertHost
 
 PROMPT = "import os\n\n\nclass Reader:\n"
 
@@ -25,14 +24,6 @@ class SendAll:
         missing = chosen.resident < chosen.low
         away = missing & (self.policy.level[chosen.experts] >= 0) & self.policy.available
         return np.where(away, SENT, np.minimum(np.maximum(chosen.resident, 0), chosen.low))
-
-
-@pytest.fixture(scope="module")
-def host(packed_demo):
-    host = ExpertHost(packed_demo, 40_000_000)
-    host.runtime.wait_ready()
-    yield host
-    host.close()
 
 
 @pytest.fixture

@@ -21,9 +21,7 @@ def packed(tmp_path_factory):
     return comoe.pack(checkpoint, checkpoint.parent / "packed")
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture

@@ -23,15 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SOAK_FAULTS = 1000
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def server(packed_demo):
-    with RangeServer(packed_demo) as server:
-        yield server
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def is_expert(path: str) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from range_server import RangeServer
 
 import comoe
 from comoe.tiers import cache
@@ -13,15 +12,7 @@ from comoe.tiers import cache
 PROMPT = "import os\n\n\nclass Reader:\n"
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def server(packed_demo):
-    with RangeServer(packed_demo) as server:
-        yield server
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def tokens_of(model, tokenizer, count=12):

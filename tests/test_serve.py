@@ -17,7 +17,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import comoe
-from comoe.serve.host import ExpertHost
 from comoe.tiers import expert_client as client_module
 from comoe.tiers.expert_client import (
     BadAnswer,
@@ -32,14 +31,6 @@ from comoe.tiers.expert_token import make_token, read_token
 from comoe.tiers.expert_wire import Call, pack_call
 
 HIDDEN, EXPERTS = 160, 16
-
-
-@pytest.fixture(scope="module")
-def host(packed_demo):
-    host = ExpertHost(packed_demo, 40_000_000)
-    host.runtime.wait_ready()
-    yield host
-    host.close()
 
 
 @pytest.fixture(scope="module")
