@@ -3,9 +3,11 @@
 #include <utility>
 #include <vector>
 
+#include "../cpu/coded_linear.h"
 #include "../cpu/expert_ffn.h"
 #include "../cpu/parallel.h"
 #include "../cpu/stream.h"
+#include "../ladder/codec.h"
 #include "bindings.h"
 #include "paged_expert.h"
 
@@ -56,6 +58,100 @@ void bind_expert_ffn(const std::vector<const PagedExpert*>& experts,
   py::gil_scoped_release release;
   expert_ffn(spec, tasks.data(), static_cast<int>(tasks.size()), reinterpret_cast<const void*>(x),
              static_cast<DType>(x_dtype), x_stride, reinterpret_cast<float*>(out));
+}
+
+// What a caller says of a matrix; the size of its record tells whether that is so.
+CodedMatrix coded_matrix(const char* op, uintptr_t record, int64_t record_bytes, int64_t rows,
+                         int64_t cols, int bits) {
+  const auto fail = [&](const std::string& text) {
+    throw std::invalid_argument(std::string(op) + ": " + text);
+  };
+  const int depth = depth_of_bits(bits);
+  if (depth < 1) fail("bits must be 2, 3, 4 or 8, got " + std::to_string(bits));
+  if (rows < 1 || cols < 1 || rows > int64_t{1} << 31 || cols > int64_t{1} << 31)
+    fail("expected a matrix of at least one row and column, got [" + std::to_string(rows) + ", " +
+         std::to_string(cols) + "]");
+  const CodedMatrix W{
+      static_cast<Level>(depth - 1), {rows, cols}, reinterpret_cast<const uint8_t*>(record)};
+  const int64_t expected = coded_matrix_bytes(W.shape, W.level);
+  if (record_bytes != expected)
+    fail("record: expected " + std::to_string(expected) + " bytes for [" + std::to_string(rows) +
+         ", " + std::to_string(cols) + "] at " + std::to_string(bits) + " bits, got " +
+         std::to_string(record_bytes));
+  if (record % 64) fail("record: expected an address that is a multiple of 64");
+  return W;
+}
+
+void bind_coded_linear(py::module_& m) {
+  m.def(
+      "encode_coded_matrix",
+      [](uintptr_t source, int dtype, int64_t rows, int64_t cols, int bits, uintptr_t record,
+         int64_t record_bytes) {
+        check_dtype("encode_coded_matrix", dtype);
+        const CodedMatrix W =
+            coded_matrix("encode_coded_matrix", record, record_bytes, rows, cols, bits);
+        py::gil_scoped_release release;
+        encode_coded_matrix(W.shape, reinterpret_cast<const void*>(source),
+                            static_cast<DType>(dtype), static_cast<int>(W.level) + 1,
+                            reinterpret_cast<uint8_t*>(record));
+      },
+      py::arg("source"), py::arg("dtype"), py::arg("rows"), py::arg("cols"), py::arg("bits"),
+      py::arg("record"), py::arg("record_bytes"));
+  m.def(
+      "coded_linear",
+      [](uintptr_t record, int64_t record_bytes, int64_t rows, int64_t cols, int bits, uintptr_t x,
+         int dtype, int64_t T, int64_t x_stride, uintptr_t bias, int bias_dtype, uintptr_t out) {
+        check_dtype("coded_linear", dtype);
+        check_dtype("coded_linear", bias_dtype);
+        const CodedMatrix W = coded_matrix("coded_linear", record, record_bytes, rows, cols, bits);
+        if (T > 1 && x_stride < cols)
+          throw std::invalid_argument("coded_linear: x: row stride " + std::to_string(x_stride) +
+                                      " is less than its " + std::to_string(cols) + " columns");
+        py::gil_scoped_release release;
+        coded_linear(W, reinterpret_cast<const void*>(x), static_cast<DType>(dtype), T, x_stride,
+                     reinterpret_cast<const void*>(bias), static_cast<DType>(bias_dtype),
+                     reinterpret_cast<void*>(out));
+      },
+      py::arg("record"), py::arg("record_bytes"), py::arg("rows"), py::arg("cols"), py::arg("bits"),
+      py::arg("x"), py::arg("dtype"), py::arg("T"), py::arg("x_stride"), py::arg("bias"),
+      py::arg("bias_dtype"), py::arg("out"));
+  m.def(
+      "coded_rows",
+      [](uintptr_t record, int64_t record_bytes, int64_t rows, int64_t cols, int bits,
+         int64_t first, int64_t count, uintptr_t out, int dtype) {
+        check_dtype("coded_rows", dtype);
+        const CodedMatrix W = coded_matrix("coded_rows", record, record_bytes, rows, cols, bits);
+        if (first < 0 || count < 0 || first + count > rows)
+          throw std::invalid_argument("coded_rows: rows " + std::to_string(first) + " to " +
+                                      std::to_string(first + count) + " are outside " +
+                                      std::to_string(rows));
+        py::gil_scoped_release release;
+        coded_rows(W, first, count, reinterpret_cast<void*>(out), static_cast<DType>(dtype));
+      },
+      py::arg("record"), py::arg("record_bytes"), py::arg("rows"), py::arg("cols"), py::arg("bits"),
+      py::arg("first"), py::arg("count"), py::arg("out"), py::arg("dtype"));
+  m.def(
+      "coded_gather",
+      [](uintptr_t record, int64_t record_bytes, int64_t rows, int64_t cols, int bits,
+         uintptr_t ids, int64_t n, uintptr_t out, int dtype) {
+        check_dtype("coded_gather", dtype);
+        const CodedMatrix W = coded_matrix("coded_gather", record, record_bytes, rows, cols, bits);
+        py::gil_scoped_release release;
+        coded_gather(W, reinterpret_cast<const int64_t*>(ids), n, reinterpret_cast<void*>(out),
+                     static_cast<DType>(dtype));
+      },
+      py::arg("record"), py::arg("record_bytes"), py::arg("rows"), py::arg("cols"), py::arg("bits"),
+      py::arg("ids"), py::arg("n"), py::arg("out"), py::arg("dtype"));
+  m.def(
+      "coded_matrix_bytes",
+      [](int64_t rows, int64_t cols, int bits) {
+        const int depth = depth_of_bits(bits);
+        if (depth < 1)
+          throw std::invalid_argument("coded_matrix_bytes: bits must be 2, 3, 4 or 8, got " +
+                                      std::to_string(bits));
+        return coded_matrix_bytes({rows, cols}, static_cast<Level>(depth - 1));
+      },
+      py::arg("rows"), py::arg("cols"), py::arg("bits"));
 }
 
 }  // namespace
@@ -129,6 +225,7 @@ void bind_cpu(py::module_& m) {
         unpack_mean(expert.geometry, expert.view, reinterpret_cast<float*>(out));
       },
       py::arg("expert"), py::arg("out"));
+  bind_coded_linear(m);
   m.def("isa_name", &isa_name);
   m.def("isa_names", &isa_names);
   m.def("force_isa", &force_isa, py::arg("name"));

@@ -120,6 +120,8 @@ extern const Kernels kPortableKernels;
 extern const Kernels kAvx2Kernels, kAvx512Kernels, kVnniKernels;
 #endif
 
+const Kernels& kernels_in_use();  // see force_isa
+
 inline int num_planes(Level level) {
   return level == Level::exact ? 1 : static_cast<int>(level) + 1;
 }
