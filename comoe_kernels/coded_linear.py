@@ -19,6 +19,8 @@ below int8 with one per 64; sums are exact per scale, then in float32.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 
@@ -26,7 +28,7 @@ from comoe import _C
 from comoe_kernels.unpack import BITS, DTYPES
 
 # Rows of x from which unpacking pays (bench/bench_dense.py).
-UNPACK_ROWS = 48
+UNPACK_ROWS = 256
 PIECE_BYTES = 4_000_000  # of W unpacked at once
 
 
@@ -129,38 +131,64 @@ def coded_linear(
     return torch.ops.comoe.coded_linear(x, record, bias, rows, bits)
 
 
-def _coded_linear_cpu(
-    x: torch.Tensor, record: torch.Tensor, bias: torch.Tensor | None, rows: int, bits: int
-) -> torch.Tensor:
+def coded_linears(
+    x: torch.Tensor,
+    records: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None],
+    rows: Sequence[int],
+    bits: int,
+) -> list[torch.Tensor]:
+    """coded_linear of one x with several matrices at once: x is prepared once, and the threads meet once."""
+    return torch.ops.comoe.coded_linears(x, records, biases, rows, bits)
+
+
+def _coded_linears_cpu(
+    x: torch.Tensor,
+    records: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None],
+    rows: Sequence[int],
+    bits: int,
+) -> list[torch.Tensor]:
     _check_dtype("coded_linear", "x", x)
-    _check_record("coded_linear", record, bits)
     cols = x.shape[-1]
     flat = x.reshape(-1, cols)
     if flat.stride(-1) != 1:
         flat = flat.contiguous()
-    if bias is not None:
+    for record, bias, num_rows in zip(records, biases, rows, strict=True):
+        _check_record("coded_linear", record, bits)
+        if bias is None:
+            continue
         _check_dtype("coded_linear", "bias", bias)
-        if bias.shape != (rows,) or not bias.is_contiguous():
-            raise ValueError(f"coded_linear: bias: expected [{rows}], got {list(bias.shape)}")
-    tokens = len(flat)
+        if bias.shape != (num_rows,) or not bias.is_contiguous():
+            raise ValueError(f"coded_linear: bias: expected [{num_rows}], got {list(bias.shape)}")
+    tokens, leading = len(flat), x.shape[:-1]
     if tokens >= UNPACK_ROWS:
-        return _unpacked(flat, record, bias, rows, bits).view(*x.shape[:-1], rows)
-    out = x.new_empty((*x.shape[:-1], rows))
+        return [
+            _unpacked(flat, record, bias, num_rows, bits).view(*leading, num_rows)
+            for record, bias, num_rows in zip(records, biases, rows, strict=True)
+        ]
+    out = [x.new_empty((*leading, num_rows)) for num_rows in rows]
+    targets = [
+        (
+            record.data_ptr(),
+            record.numel(),
+            num_rows,
+            0 if bias is None else bias.data_ptr(),
+            0 if bias is None else DTYPES[bias.dtype],
+            y.data_ptr(),
+        )
+        for record, bias, num_rows, y in zip(records, biases, rows, out, strict=True)
+    ]
     _C.coded_linear(
-        record.data_ptr(),
-        record.numel(),
-        rows,
-        cols,
-        bits,
-        flat.data_ptr(),
-        DTYPES[x.dtype],
-        tokens,
-        flat.stride(0),
-        0 if bias is None else bias.data_ptr(),
-        0 if bias is None else DTYPES[bias.dtype],
-        out.data_ptr(),
+        targets, cols, bits, flat.data_ptr(), DTYPES[x.dtype], tokens, flat.stride(0)
     )
     return out
+
+
+def _coded_linear_cpu(
+    x: torch.Tensor, record: torch.Tensor, bias: torch.Tensor | None, rows: int, bits: int
+) -> torch.Tensor:
+    return _coded_linears_cpu(x, [record], [bias], [rows], bits)[0]
 
 
 def coded_embedding(
@@ -195,6 +223,10 @@ _LIBRARY = torch.library.Library("comoe", "FRAGMENT")
 _LIBRARY.define("coded_linear(Tensor x, Tensor record, Tensor? bias, int rows, int bits) -> Tensor")
 _LIBRARY.impl("coded_linear", _coded_linear_cpu, "CPU")
 _LIBRARY.define(
+    "coded_linears(Tensor x, Tensor[] records, Tensor?[] biases, int[] rows, int bits) -> Tensor[]"
+)
+_LIBRARY.impl("coded_linears", _coded_linears_cpu, "CPU")
+_LIBRARY.define(
     "coded_embedding(Tensor ids, Tensor record, int rows, int cols, int bits, ScalarType dtype) -> Tensor"
 )
 _LIBRARY.impl("coded_embedding", _coded_embedding_cpu, "CPU")
@@ -203,6 +235,11 @@ _LIBRARY.impl("coded_embedding", _coded_embedding_cpu, "CPU")
 @torch.library.register_fake("comoe::coded_linear", lib=_LIBRARY)
 def _(x, record, bias, rows, bits):
     return x.new_empty((*x.shape[:-1], rows))
+
+
+@torch.library.register_fake("comoe::coded_linears", lib=_LIBRARY)
+def _(x, records, biases, rows, bits):
+    return [x.new_empty((*x.shape[:-1], num_rows)) for num_rows in rows]
 
 
 @torch.library.register_fake("comoe::coded_embedding", lib=_LIBRARY)

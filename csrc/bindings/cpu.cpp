@@ -1,9 +1,14 @@
 // CPU kernels and their threads.
+#include <algorithm>
+#include <array>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
+#include "../cpu/attend.h"
 #include "../cpu/coded_linear.h"
+#include "../cpu/dense_linear.h"
 #include "../cpu/expert_ffn.h"
 #include "../cpu/parallel.h"
 #include "../cpu/stream.h"
@@ -99,22 +104,69 @@ void bind_coded_linear(py::module_& m) {
       py::arg("record"), py::arg("record_bytes"));
   m.def(
       "coded_linear",
-      [](uintptr_t record, int64_t record_bytes, int64_t rows, int64_t cols, int bits, uintptr_t x,
-         int dtype, int64_t T, int64_t x_stride, uintptr_t bias, int bias_dtype, uintptr_t out) {
+      [](const std::vector<std::tuple<uintptr_t, int64_t, int64_t, uintptr_t, int, uintptr_t>>&
+             targets,
+         int64_t cols, int bits, uintptr_t x, int dtype, int64_t T, int64_t x_stride) {
         check_dtype("coded_linear", dtype);
-        check_dtype("coded_linear", bias_dtype);
-        const CodedMatrix W = coded_matrix("coded_linear", record, record_bytes, rows, cols, bits);
+        std::vector<CodedTarget> to;
+        for (const auto& [record, record_bytes, rows, bias, bias_dtype, out] : targets) {
+          check_dtype("coded_linear", bias_dtype);
+          to.push_back({coded_matrix("coded_linear", record, record_bytes, rows, cols, bits),
+                        reinterpret_cast<const void*>(bias), static_cast<DType>(bias_dtype),
+                        reinterpret_cast<void*>(out)});
+        }
         if (T > 1 && x_stride < cols)
           throw std::invalid_argument("coded_linear: x: row stride " + std::to_string(x_stride) +
                                       " is less than its " + std::to_string(cols) + " columns");
         py::gil_scoped_release release;
-        coded_linear(W, reinterpret_cast<const void*>(x), static_cast<DType>(dtype), T, x_stride,
-                     reinterpret_cast<const void*>(bias), static_cast<DType>(bias_dtype),
-                     reinterpret_cast<void*>(out));
+        coded_linear(to.data(), static_cast<int>(to.size()), reinterpret_cast<const void*>(x),
+                     static_cast<DType>(dtype), T, x_stride);
       },
-      py::arg("record"), py::arg("record_bytes"), py::arg("rows"), py::arg("cols"), py::arg("bits"),
-      py::arg("x"), py::arg("dtype"), py::arg("T"), py::arg("x_stride"), py::arg("bias"),
-      py::arg("bias_dtype"), py::arg("out"));
+      py::arg("targets"), py::arg("cols"), py::arg("bits"), py::arg("x"), py::arg("dtype"),
+      py::arg("T"), py::arg("x_stride"),
+      "targets: (record, record_bytes, rows, bias, bias_dtype, out) of each matrix");
+  m.def(
+      "dense_linear",
+      [](uintptr_t weight, int weight_dtype, int64_t rows, int64_t cols, uintptr_t x, int dtype,
+         int64_t T, int64_t x_stride, uintptr_t bias, uintptr_t out) {
+        check_dtype("dense_linear", dtype);
+        check_dtype("dense_linear", weight_dtype);
+        py::gil_scoped_release release;
+        dense_linear(reinterpret_cast<const void*>(weight), static_cast<DType>(weight_dtype), rows,
+                     cols, reinterpret_cast<const void*>(x), static_cast<DType>(dtype), T, x_stride,
+                     reinterpret_cast<const void*>(bias), reinterpret_cast<void*>(out));
+      },
+      py::arg("weight"), py::arg("weight_dtype"), py::arg("rows"), py::arg("cols"), py::arg("x"),
+      py::arg("dtype"), py::arg("T"), py::arg("x_stride"), py::arg("bias"), py::arg("out"));
+  m.def(
+      "attend",
+      [](uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t mask, uintptr_t out, int dtype,
+         const std::array<int64_t, 5>& sizes, const std::array<int64_t, 9>& strides, float scale) {
+        check_dtype("attend", dtype);
+        AttendArgs args{reinterpret_cast<const void*>(q),
+                        reinterpret_cast<const void*>(k),
+                        reinterpret_cast<const void*>(v),
+                        reinterpret_cast<const uint8_t*>(mask),
+                        reinterpret_cast<void*>(out),
+                        static_cast<DType>(dtype),
+                        sizes[0],
+                        sizes[1],
+                        sizes[2],
+                        sizes[3],
+                        sizes[4],
+                        {},
+                        scale};
+        std::copy(strides.begin(), strides.end(), args.strides);
+        if (args.kv_heads < 1 || args.heads % args.kv_heads)
+          throw std::invalid_argument(
+              "attend: expected query heads in whole groups per KV head, got " +
+              std::to_string(args.heads) + " for " + std::to_string(args.kv_heads));
+        py::gil_scoped_release release;
+        attend(args);
+      },
+      py::arg("q"), py::arg("k"), py::arg("v"), py::arg("mask"), py::arg("out"), py::arg("dtype"),
+      py::arg("sizes"), py::arg("strides"), py::arg("scale"),
+      "sizes: batch, heads, KV heads, positions, head size; strides: see AttendArgs");
   m.def(
       "coded_rows",
       [](uintptr_t record, int64_t record_bytes, int64_t rows, int64_t cols, int bits,
@@ -239,6 +291,8 @@ void bind_cpu(py::module_& m) {
   m.def(
       "set_num_threads", [](int n) { Parallel::instance().set_num_threads(n); },
       py::arg("num_threads"));
+  m.attr("SPIN_MICROSECONDS") = Parallel::kSpinMicroseconds;
+  m.def("set_spin", [](int64_t us) { Parallel::instance().set_spin(us); }, py::arg("microseconds"));
   m.def("num_threads", [] { return Parallel::instance().num_threads(); });
   m.def(
       "use_gomp", [](uintptr_t f) { Parallel::instance().use_gomp(reinterpret_cast<void*>(f)); },

@@ -68,25 +68,36 @@ void append_prefetch(const Places& places, int64_t begin, int64_t end, std::vect
   }
 }
 
+struct Target {
+  const CodedTarget& to;
+  Places places;
+  int64_t tiles_per_item, first_item;
+  int64_t num_items() const { return ceil_div(to.W.shape.row_tiles(), tiles_per_item); }
+};
+
 struct Call {
-  const CodedMatrix& W;
   const Kernels& kernels;
-  const Places places;
   const RowLayout layout;
-  const void* bias;
-  DType dtype, bias_dtype;
-  void* out;
-  std::vector<uint8_t> rows;  // prepared, of the T rows at hand
+  const DType dtype;
+  std::vector<Target> targets;
+  int64_t num_items = 0;
+  std::vector<uint8_t> rows;  // prepared, of the rows of x at hand
   int64_t first_row = 0, num_rows = 0;
-  int64_t tiles_per_item = 1;
   std::atomic<int64_t> next{0};  // item
 
-  Call(const CodedMatrix& W, const Kernels& kernels, DType dtype)
-      : W(W),
-        kernels(kernels),
-        places(W),
-        layout(row_form(W.level, ExactType::fp32, dtype, false), W.shape.cols),
-        dtype(dtype) {}
+  Call(const CodedTarget* given, int count, const Kernels& kernels, DType dtype)
+      : kernels(kernels),
+        layout(row_form(given[0].W.level, ExactType::fp32, dtype, false), given[0].W.shape.cols),
+        dtype(dtype) {
+    const int64_t threads = Parallel::instance().num_threads();
+    for (int i = 0; i < count; ++i) {
+      const MatrixGeometry& shape = given[i].W.shape;
+      const int64_t tiles =
+          std::min(kItemBlocks / shape.col_blocks(), ceil_div(shape.row_tiles(), 4 * threads));
+      targets.push_back({given[i], Places(given[i].W), std::max<int64_t>(tiles, 1), num_items});
+      num_items += targets.back().num_items();
+    }
+  }
 
   uint8_t* row(int64_t i) {
     auto at = reinterpret_cast<uintptr_t>(rows.data());
@@ -99,7 +110,7 @@ struct Call {
     alignas(64) float group[kGroupCols];
     for (int64_t i = 0; i < num_rows; ++i)
       for (int64_t g = 0; g < layout.groups; ++g) {
-        const int64_t n = std::min(W.shape.cols - g * kGroupCols, kGroupCols);
+        const int64_t n = std::min(layout.cols - g * kGroupCols, kGroupCols);
         const int64_t at = (first_row + i) * x_stride + g * kGroupCols;
         kernels.load(element_at(x, dtype, at), dtype, n, group);
         std::fill(group + n, group + kGroupCols, 0.0f);
@@ -107,54 +118,71 @@ struct Call {
       }
   }
 
-  // Tiles [tile, tile + n); the head of the item at then_tile is fetched meanwhile (< 0: none).
-  void item(int64_t tile, int64_t n, int64_t then_tile) {
+  // Row tiles [tile, tile + count) of a matrix.
+  struct Item {
+    const Target* target;
+    int64_t tile, count;
+  };
+  Item item(int64_t number) const {
+    const Target* t = targets.data();
+    while (number >= t->first_item + t->num_items()) ++t;
+    const int64_t tile = (number - t->first_item) * t->tiles_per_item;
+    return {t, tile, std::min(t->tiles_per_item, t->to.W.shape.row_tiles() - tile)};
+  }
+
+  // `then`: the item whose head is fetched meanwhile, or null.
+  void compute(const Item& item, const Item* then) {
     thread_local std::vector<Prefetch> prefetch;
     thread_local std::vector<float> sums;
-    const int64_t col_blocks = W.shape.col_blocks();
-    const int64_t first = tile * col_blocks, end = (tile + n) * col_blocks;
-    Run run(W, places, tile, n);
+    const CodedTarget& to = item.target->to;
+    const int64_t col_blocks = to.W.shape.col_blocks();
+    const int64_t first = item.tile * col_blocks, end = first + item.count * col_blocks;
+    Run run(to.W, item.target->places, item.tile, item.count);
     prefetch.clear();
-    append_prefetch(places, std::min(first + kPrefetchBlocks, end), end, prefetch);
-    if (then_tile >= 0) {
-      const int64_t then = then_tile * col_blocks;
-      append_prefetch(places, then, std::min(then + kPrefetchBlocks, W.shape.num_blocks()),
+    append_prefetch(item.target->places, std::min(first + kPrefetchBlocks, end), end, prefetch);
+    if (then) {
+      const int64_t blocks = then->target->to.W.shape.col_blocks();
+      append_prefetch(then->target->places, then->tile * blocks,
+                      then->tile * blocks + std::min(kPrefetchBlocks, then->count * blocks),
                       prefetch);
     }
     prefetch.push_back({});
     run.args.prefetch = prefetch.data();
     run.args.layout = layout;
     run.args.num_rows = static_cast<int>(num_rows);
-    const int64_t width = n * kBlockRows;
+    const int64_t width = item.count * kBlockRows;
     sums.resize((num_rows + 1) * width);
     for (int64_t i = 0; i < num_rows; ++i) {
       run.args.rows[i] = row(i);
       run.args.out[i] = sums.data() + i * width;
     }
     kernels.multiply(run.args);
-    const int64_t at = tile * kBlockRows, valid = std::min(width, W.shape.rows - at);
-    float* wide_bias = sums.data() + num_rows * width;
-    if (bias) kernels.load(element_at(bias, bias_dtype, at), bias_dtype, valid, wide_bias);
+    const int64_t all = to.W.shape.rows, at = item.tile * kBlockRows;
+    const int64_t valid = std::min(width, all - at);
+    float* bias = sums.data() + num_rows * width;
+    if (to.bias) kernels.load(element_at(to.bias, to.bias_dtype, at), to.bias_dtype, valid, bias);
     for (int64_t i = 0; i < num_rows; ++i) {
       float* sum = sums.data() + i * width;
-      if (bias)
-        for (int64_t r = 0; r < valid; ++r) sum[r] += wide_bias[r];
-      kernels.store(sum, valid, element_at(out, dtype, (first_row + i) * W.shape.rows + at), dtype);
+      if (to.bias)
+        for (int64_t r = 0; r < valid; ++r) sum[r] += bias[r];
+      kernels.store(sum, valid, element_at(to.out, dtype, (first_row + i) * all + at), dtype);
     }
   }
 
   // A thread claims its next item before it computes the present one, so that the tail of one can
   // fetch the head of the next.
   void work() {
-    const int64_t tiles = W.shape.row_tiles();
-    const auto claim = [&] {
-      const int64_t tile = next.fetch_add(1, std::memory_order_relaxed) * tiles_per_item;
-      return tile < tiles ? tile : int64_t{-1};
-    };
-    for (int64_t tile = claim(); tile >= 0;) {
-      const int64_t then = claim();
-      item(tile, std::min(tiles_per_item, tiles - tile), then);
-      tile = then;
+    const auto claim = [&] { return next.fetch_add(1, std::memory_order_relaxed); };
+    for (int64_t number = claim(); number < num_items;) {
+      const int64_t after = claim();
+      const Item now = item(number);
+      if (after < num_items) {
+        const Item then = item(after);
+        compute(now, &then);
+      } else {
+        compute(now, nullptr);
+      }
+      number = after;
     }
   }
 };
@@ -168,15 +196,10 @@ int64_t coded_matrix_bytes(const MatrixGeometry& shape, Level level) {
   return layout.record_bytes(0, num_planes(level));
 }
 
-void coded_linear(const CodedMatrix& W, const void* x, DType dtype, int64_t T, int64_t x_stride,
-                  const void* bias, DType bias_dtype, void* out) {
-  Call call(W, kernels_in_use(), dtype);
-  call.bias = bias;
-  call.bias_dtype = bias_dtype;
-  call.out = out;
-  const int64_t threads = Parallel::instance().num_threads();
-  call.tiles_per_item = std::max<int64_t>(
-      1, std::min(kItemBlocks / W.shape.col_blocks(), ceil_div(W.shape.row_tiles(), 4 * threads)));
+void coded_linear(const CodedTarget* targets, int count, const void* x, DType dtype, int64_t T,
+                  int64_t x_stride) {
+  if (count == 0) return;
+  Call call(targets, count, kernels_in_use(), dtype);
   for (int64_t t = 0; t < T; t += kMaxRows) {
     call.first_row = t;
     call.num_rows = std::min<int64_t>(T - t, kMaxRows);

@@ -17,12 +17,20 @@ struct CodedMatrix {
 
 int64_t coded_matrix_bytes(const MatrixGeometry& shape, Level level);
 
-// out[t, :] = W x[t, :] + bias.  x: [T, cols] of dtype, row stride x_stride elements.
-// bias: [rows] of bias_dtype, or null.  out: [T, rows] of dtype, contiguous. Each weight is
-// unpacked once for every 8 rows of x. The result of a row depends on no other row and not on the
-// number of threads.
-void coded_linear(const CodedMatrix& W, const void* x, DType dtype, int64_t T, int64_t x_stride,
-                  const void* bias, DType bias_dtype, void* out);
+// One matrix of a call: out [T, rows] of x's dtype, contiguous; bias [rows] of bias_dtype, or null.
+struct CodedTarget {
+  CodedMatrix W;
+  const void* bias;
+  DType bias_dtype;
+  void* out;
+};
+
+// target.out[t, :] = target.W x[t, :] + target.bias for each of `count` targets, whose matrices
+// have the same number of columns and the same level.  x: [T, cols] of dtype, row stride x_stride
+// elements. Each weight is unpacked once for every 8 rows of x. The result of a row depends on no
+// other row or matrix and not on the number of threads.
+void coded_linear(const CodedTarget* targets, int count, const void* x, DType dtype, int64_t T,
+                  int64_t x_stride);
 
 // Rows first..first + count - 1 of W as `dtype`, contiguous [count, cols].
 void coded_rows(const CodedMatrix& W, int64_t first, int64_t count, void* out, DType dtype);
