@@ -62,37 +62,68 @@ def is_static(cache: object) -> bool:
     )
 
 
-@contextmanager
-def _one_torch_thread() -> Iterator[None]:
-    """Inside, torch computes in the caller alone: its threads would spin beside the native pool's for
-    products that take microseconds. The pool's wait longer for work instead."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    _C.set_spin(SPIN_MICROSECONDS)
-    try:
-        yield
-    finally:
-        _C.set_spin(_C.SPIN_MICROSECONDS)
-        torch.set_num_threads(threads)
-
-
-SPIN_MICROSECONDS = 100
+# How long the native pool's threads wait for work between a step's ops before they sleep: a wake-up costs up
+# to 50 us, five times a layer. Only while nothing is read from disk, which needs the core.
+SPIN_MICROSECONDS = 400
 
 
 class CompiledDecode:
     """In place of `model.forward`: decode steps go to a compiled one."""
 
     def __init__(self, model: nn.Module) -> None:
+        self.model = model
         self.forward = model.forward
         functools.update_wrapper(self, self.forward)
-        options = {"post_grad_custom_pre_pass": DecodePass(), "cpp.threads": 1}
-        self.compiled = torch.compile(self.forward, fullgraph=True, dynamic=False, options=options)
+        self.compiled = torch.compile(
+            self.forward,
+            fullgraph=True,
+            dynamic=False,
+            options={
+                "post_grad_custom_pre_pass": DecodePass(),
+                "cpp.threads": 1,
+                "size_asserts": False,
+                "alignment_asserts": False,
+            },
+        )
+        self._threads = 0  # torch's own, while it computes with one; 0: it does not
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self.wants(args, kwargs):
+            self.free_threads()
             return self.forward(*args, **kwargs)
-        with _one_torch_thread():
+        self._hold_threads()
+        try:
             return self.compiled(*args, **kwargs)
+        finally:
+            if not self._generating:
+                self.free_threads()
+
+    def _hold_threads(self) -> None:
+        """From now on torch computes in the caller alone: its threads would spin beside the native pool's
+        for products that take microseconds (2.5 ms of 20 a token)."""
+        if not self._threads:
+            self._threads = torch.get_num_threads()
+            torch.set_num_threads(1)
+            if self.model.comoe.plan.resident:
+                _C.set_spin(SPIN_MICROSECONDS)
+
+    def free_threads(self) -> None:
+        if self._threads:
+            torch.set_num_threads(self._threads)
+            _C.set_spin(_C.SPIN_MICROSECONDS)
+            self._threads = 0
+
+    _generating = False
+
+    @contextmanager
+    def generating(self) -> Iterator[None]:
+        """Inside, sampling too runs in one thread."""
+        self._generating = True
+        try:
+            yield
+        finally:
+            self._generating = False
+            self.free_threads()
 
     def wants(self, args: tuple, kwargs: dict) -> bool:
         ids, cache = kwargs.get("input_ids"), kwargs.get("past_key_values")
@@ -102,7 +133,16 @@ class CompiledDecode:
 
 
 def compile_decode(model: nn.Module) -> None:
+    """Gives `model`, which has a runtime, compiled decode steps; `generate` then takes a static cache."""
     use_decode_attention(model)
-    model.forward = CompiledDecode(model)
+    decode = model.forward = CompiledDecode(model)
+    generate = model.generate
+
+    @functools.wraps(generate)
+    def generate_compiled(*args: Any, **kwargs: Any) -> Any:
+        with decode.generating():
+            return generate(*args, **kwargs)
+
+    model.generate = generate_compiled
     model.generation_config.cache_implementation = "static"
     model.generation_config.disable_compile = True
