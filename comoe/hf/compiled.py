@@ -11,46 +11,19 @@ read their weights at memory bandwidth, and attention reads what counts of a sta
 from __future__ import annotations
 
 import functools
-import itertools
-import weakref
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from torch._dynamo.exc import TorchDynamoException
+from torch._inductor.cpp_builder import get_cpp_compiler
 
 from comoe import _C
 from comoe.hf.decode_attention import use_decode_attention
 from comoe.hf.graph_pass import DecodePass
-
-_numbers = itertools.count()
-EXPERTS: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
-
-
-def handle_of(bound: Any) -> int:
-    """A number for BoundExperts, which an op can take."""
-    handle = next(_numbers)
-    EXPERTS[handle] = bound
-    return handle
-
-
-_LIBRARY = torch.library.Library("comoe", "FRAGMENT")
-_LIBRARY.define("experts(Tensor hidden, Tensor top_k_index, Tensor top_k_weights, int bound) -> Tensor")
-
-
-def _experts(
-    hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, bound: int
-) -> torch.Tensor:
-    return EXPERTS[bound].run(hidden, top_k_index, top_k_weights)
-
-
-_LIBRARY.impl("experts", _experts, "CPU")
-
-
-@torch.library.register_fake("comoe::experts", lib=_LIBRARY)
-def _(hidden, top_k_index, top_k_weights, bound):
-    return torch.empty_like(hidden, memory_format=torch.contiguous_format)
 
 
 def is_static(cache: object) -> bool:
@@ -85,6 +58,7 @@ class CompiledDecode:
                 "alignment_asserts": False,
             },
         )
+        self.failed = False
         self._threads = 0  # torch's own, while it computes with one; 0: it does not
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -94,6 +68,10 @@ class CompiledDecode:
         self._hold_threads()
         try:
             return self.compiled(*args, **kwargs)
+        except TorchDynamoException as error:  # before anything was computed
+            self.failed = True
+            _warn(f"torch.compile cannot take this model ({_first_line(error)})")
+            return self.forward(*args, **kwargs)
         finally:
             if not self._generating:
                 self.free_threads()
@@ -126,14 +104,42 @@ class CompiledDecode:
             self.free_threads()
 
     def wants(self, args: tuple, kwargs: dict) -> bool:
+        if self.failed:
+            return False
         ids, cache = kwargs.get("input_ids"), kwargs.get("past_key_values")
         if args or not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.shape[1] != 1:
             return False
         return is_static(cache) and not torch.is_grad_enabled()
 
 
+def why_not(model: nn.Module) -> str:
+    """Why decode steps of this model cannot be compiled here; "" if they can."""
+    if getattr(model.config, "is_encoder_decoder", False):
+        return f"{type(model).__name__} has an encoder, whose cache is not static"
+    if getattr(model, "generation_config", None) is None:
+        return f"{type(model).__name__} does not generate"
+    try:
+        get_cpp_compiler()
+    except Exception as error:
+        # Of several types, and all mean that there is none.
+        return f"torch.compile found no C++ compiler ({_first_line(error)}); install g++ or set CXX"
+    return ""
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _warn(reason: str) -> None:
+    warnings.warn(f"compile: {reason}; running without", stacklevel=3)
+
+
 def compile_decode(model: nn.Module) -> None:
     """Gives `model`, which has a runtime, compiled decode steps; `generate` then takes a static cache."""
+    reason = why_not(model)
+    if reason:
+        _warn(reason)
+        return
     use_decode_attention(model)
     decode = model.forward = CompiledDecode(model)
     generate = model.generate
