@@ -45,11 +45,14 @@ class GoalError(ValueError):
 @dataclass(frozen=True)
 class Situation:
     """What a plan is made for. use: float [X], probability that a token uses the expert; None: as
-    measured by aggregation.  costs: None: reading is not priced, so nothing may be waited for."""
+    measured by aggregation.  costs: None: reading is not priced, so nothing may be waited for.  caution: share, up to 1, of
+    the price of time at which the plan alone loses all that the goal allows; the rest is for what is given
+    away at misses."""
 
     goal: Goal = field(default_factory=Goal)
     costs: Costs | None = None
     use: np.ndarray | None = None
+    caution: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -167,6 +170,8 @@ class JointPlanner:
         if best is None:
             raise self._goal_error(sizes, options, min(why, key=_distance), pool_bytes)
         self._age = best.age_step
+        if by_time and self.situation.caution < 1.0:
+            best = self._at_price(options, scale, room, best, self.situation.caution * best.price)
         if not by_time and goal.loss is not None and best.solution.loss > goal.loss:
             nearest = self._plan_of(sizes, options, best, pool_bytes)
             raise GoalError(
@@ -176,6 +181,16 @@ class JointPlanner:
                 nearest,
             )
         return best
+
+    def _at_price(
+        self, options: Options, scale: np.ndarray, room: float, answer: _Answer, price: float
+    ) -> _Answer:
+        """Least loss + price * time, with the cache of `answer`."""
+        age = AGES[answer.age_step]
+        table = _Table(options, self.situation.costs, scale, self._live_use(), age)
+        table.values["both"] = table.values["loss"] + price * table.values["seconds"]
+        solution = self._solve("both", table.problem("both", {"memory": room}))
+        return _Answer(solution, answer.age_step, price)
 
     def _goal_error(
         self, sizes: Sizes, options: Options, why: InfeasibleError, pool_bytes: int

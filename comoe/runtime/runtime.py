@@ -161,7 +161,9 @@ class Runtime:
         self._slab_bytes = slab_bytes(
             min(planned, in_full + floor), largest, floor, store.page_bytes
         )
-        self.live = Live(self.store_sizes, specs, sizes.dense, self._budget_pool())
+        self.live = Live(
+            self.store_sizes, specs, sizes.dense, self._budget_pool(), experts_per_token
+        )
         if remote is not None:
             self.live.network = lambda: best_link(remote.sources.links)
         self.controller = self._controller()
@@ -572,8 +574,11 @@ class Runtime:
             decision = self.controller.observe(snapshot, self.engine.stats()["mapped_bytes"])
         if self.network is not None:
             decision = self._watch_path(snapshot) or decision
-        if self._follows and self._step % FOLLOW_EVERY == 0 and self._step:
-            decision = self._follow_text() or decision
+        if self._follows and self._step:
+            if self._step % FOLLOW_EVERY == 0:
+                decision = self._follow_text() or decision
+            elif self._step < FOLLOW_EVERY and self._step & (self._step - 1) == 0:
+                self._know_losses()  # gate weights are not known before the first pass
         if decision is not None:
             lent = decision.before is not None and self.plan.pool_bytes < decision.before.pool_bytes
             most = self.plan.pool_bytes if lent else decision.after.pool_bytes
@@ -609,12 +614,18 @@ class Runtime:
     def _know_text(self) -> None:
         self.live.profile.know(*self._policy.profile())
 
+    def _know_losses(self) -> None:
+        """What uses lose, by the gate weights of the text at hand."""
+        self._know_text()
+        self._policy.set_losses(*self.live.losses(self.planner.loss, self.planner.use))
+
     def _follow_text(self) -> Decision | None:
         begin = time.perf_counter()
         if begin < self._follow_at:
             return None
-        self._know_text()
+        self._know_losses()
         decision = self.controller.follow(self.live.profile.use())
+        decision = self.controller.heed(self._policy.account()["caution"]) or decision
         end = time.perf_counter()
         self._follow_at = end + (end - begin) / PLANNING_SHARE
         return decision
@@ -698,6 +709,10 @@ class Runtime:
                 self._network_rule = self.network.new_rule(self.live, *tables)
         reads = not self.plan.resident
         self._policy.set_plan(reads, rule and native_rule(rule), self._follows)
+        if self._follows:
+            self._know_losses()
+        limit = self.controller.loss_limit or 0.0
+        self._policy.set_loss_limit(limit, 1.0 / self.controller.caution)
 
     def _set_values(self, base: np.ndarray) -> None:
         """Where all is held, what is above the plan gets its value from `upgrades`; else from the cache."""
@@ -788,6 +803,8 @@ class Runtime:
             }
             | {"replaced": policy["replaced"]}
             | {"sent": self.missing.sent},
+            # Nats per token, as calibration expects of what was really used.
+            "loss": {"planned": self.plan.loss, **self._policy.account()},
             "plan": self.plan.describe(),
             "engine": engine,
         } | {
