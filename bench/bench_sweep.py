@@ -86,7 +86,9 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work", type=Path, help="a folder to keep what is made, and to go on from")
+    parser.add_argument(
+        "--work", type=Path, help="a folder to keep what is made, and to go on from"
+    )
     parser.add_argument("--tokens", type=int, default=49_152, help="of calibration")
     parser.add_argument("--write", action="store_true")
     args = parser.parse_args()
