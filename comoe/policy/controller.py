@@ -160,15 +160,10 @@ class Controller:
             return None
         return self._decide("; ".join([*reasons, *missed]), self.plan, plan)
 
-    @property
-    def loss_limit(self) -> float | None:
-        """Nats per token that the goal allows, where a plan is made for time; None: no bound."""
-        return None if self._goal is None or self._goal.latency is not None else self._goal.loss
-
     def heed(self, caution: float) -> Decision | None:
         """Of what is really lost: to keep to the goal, time had to be priced `caution` times as the plan says.
         Another plan, if that is far from it."""
-        if self.loss_limit is None or abs(math.log(caution)) < HEEDED:
+        if self.plan.loss_limit == 0 or abs(math.log(caution)) < HEEDED:
             return None
         before = self.caution
         self.caution = min(max(before * caution, LEAST_CAUTION), 1.0)

@@ -345,6 +345,7 @@ class JointPlanner:
         rows = np.arange(len(options.held))
         choice = answer.solution.choice
         held, used = options.held[rows, choice], options.used[rows, choice].astype(np.uint8)
+        goal = self.situation.goal
         base = sizes.chosen(held)
         with_base = held == SHARED
         if with_base.any():
@@ -362,6 +363,8 @@ class JointPlanner:
             price=answer.price,
             loss=float(loss),
             seconds=seconds,
+            loss_limit=goal.loss if goal.loss is not None and goal.latency is None else 0.0,
+            caution=self.situation.caution,
         )
 
     def _seconds(
