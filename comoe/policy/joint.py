@@ -209,26 +209,41 @@ class JointPlanner:
             again = first if self._whole[1] is None else at(first.age_step, self._whole[1])
             if again is not None:
                 return again
-        layer = np.repeat(np.arange(len(sizes.num_experts)), sizes.num_experts)
-        table = self._table(sizes, options, scale, first.age_step, None)
-        dear = dict(zip(("memory", "second"), first.solution.multipliers, strict=True))
-        by_time = self.situation.goal.latency is None
-        names = ("seconds", "loss") if by_time else ("loss", "seconds")
-        value = table.values[names[0]] + dear["memory"] * table.values["memory"]
-        value = value + dear["second"] * table.values[names[1]]
-        order = whole_layers.ranked(
-            np.where(np.isfinite(options.loss), value, np.inf), options.missing, layer
-        )
         best, least = first, self._true_objective(sizes, options, first)
-        for number in whole_layers.numbers(len(order)):
+        order, low, high = self._dearer(sizes, options, scale, first)[0], 0, len(sizes.num_experts)
+        for _ in range(whole_layers.TRIED):
+            number = (low + high + 1) // 2
             whole = np.zeros(len(order), bool)
             whole[order[:number]] = True
             answer = at(first.age_step, whole)
-            found = np.inf if answer is None else self._true_objective(sizes, options, answer)
-            if found < least:
-                best, least = answer, found
+            more = False
+            if answer is not None:
+                found = self._true_objective(sizes, options, answer)
+                if found < least:
+                    best, least = answer, found
+                # Whether at these prices the next layer would be cheaper whole, or the last one was not.
+                more = whole_layers.next_pays(number, *self._dearer(sizes, options, scale, answer))
+            low, high = (number, high) if more else (low, number - 1)
+            if low >= high:
+                break
         self._whole = (wanted, best.whole)
         return best
+
+    def _dearer(
+        self, sizes: Sizes, options: Options, scale: np.ndarray, answer: _Answer
+    ) -> tuple[np.ndarray, np.ndarray, float]:
+        """(layers, those that cost least to hold whole first; what each costs more then, latency left out; what a
+        latency costs), at the prices of memory, time and loss of `answer`, in units of the objective."""
+        none = np.zeros(len(sizes.num_experts), bool)
+        table = self._table(sizes, options, scale, answer.age_step, none)
+        memory, second = answer.solution.multipliers
+        by_time = self.situation.goal.latency is None
+        names = ("seconds", "loss") if by_time else ("loss", "seconds")
+        value = table.values[names[0]] + second * table.values[names[1]]
+        value = np.where(np.isfinite(options.loss), value + memory * table.values["memory"], np.inf)
+        layer = np.repeat(np.arange(len(none)), sizes.num_experts)
+        latency = self.situation.costs.latency * (1.0 if by_time else second)
+        return *whole_layers.dearer(value, options.missing, layer), latency
 
     def _true_objective(self, sizes: Sizes, options: Options, answer: _Answer) -> float:
         """Seconds per token, or nats where the goal is a latency."""
