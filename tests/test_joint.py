@@ -1,5 +1,7 @@
 """The joint planner: limits hold, waiting is bought only where it pays, and goals that cannot be met say so."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -199,3 +201,43 @@ def test_a_plan_that_waits_uses_what_experts_share_where_that_pays():
     slower = alone.plan(sizes, 8800, exact=False)
     assert made.judge(sizes, plan)[1] < 0.5 * alone.judge(sizes, slower)[1]
     assert made.judge(sizes, plan) == pytest.approx((plan.loss, plan.seconds))
+
+
+def test_some_layers_are_held_whole_where_waiting_costs_latency():
+    """A latency per layer, paid whatever number of its experts is missing: the plan leaves some layers without any
+    miss, and expects less time than one that was made as if every expert paid a latency of its own."""
+    use = np.full(
+        EXPERTS * LAYERS, 0.4
+    )  # of 16: each layer misses something, however much of it is held
+    matters = np.random.default_rng(0).gamma(1.0, 1.0, len(use))
+    loss = (use * matters)[:, None] * np.array([0.125, 0.036, 0.0095, 2.4e-5, 0]) * 0.01
+
+    def even() -> JointPlanner:
+        made = JointPlanner(loss, use)
+        made.situation = Situation(Goal(loss=0.01), costs(1e9, latency=2e-3))
+        return made
+
+    made, pool = even(), int(0.12 * ALL)
+    plan = made.plan(SIZES, pool, exact=False)
+    whole = (plan.held >= plan.min_level).reshape(LAYERS, EXPERTS).all(1)
+    assert whole.any() and not whole.all() and plan.loss <= 0.01
+    assert SIZES.record_bytes[plan.base].sum() <= pool
+    apart = even()
+    apart._best_whole = lambda sizes, options, scale, pool, first, at: first
+    assert plan.seconds < 0.9 * apart.plan(SIZES, pool, exact=False).seconds
+    # The same again from what it remembers; other memory is searched anew.
+    again = made.plan(SIZES, pool, exact=False)
+    assert (again.held == plan.held).mean() > 0.95
+    assert made.plan(SIZES, int(0.3 * ALL), exact=False).seconds < plan.seconds
+
+
+def test_caution_trades_time_for_loss():
+    plans = []
+    for caution in (1.0, 0.3, 0.03):
+        made = planner(Goal(loss=0.004))
+        made.situation = replace(made.situation, caution=caution)
+        plans.append(made.plan(SIZES, int(0.15 * ALL), exact=False))
+    losses_, prices = [p.loss for p in plans], [p.price for p in plans]
+    assert losses_ == sorted(losses_, reverse=True) and losses_[2] < losses_[0]
+    assert prices[2] == pytest.approx(0.03 * prices[0], rel=1e-6)
+    assert [p.seconds for p in plans] == sorted(p.seconds for p in plans)
