@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from comoe import _C, memory
-from comoe.config import CoMoEConfig, format_bytes, parse_bytes
+from comoe.config import DENSE_BITS, CoMoEConfig, format_bytes, parse_bytes
 from comoe.policy.assumed import assumed_losses
 from comoe.policy.cache import CachePolicy
 from comoe.policy.controller import Controller, Decision
@@ -488,8 +488,10 @@ class Runtime:
         """What was decided, in one line."""
         stats = self.store_sizes
         held = min(self.plan.pool_bytes, stats.total(self.plan.want_level))
+        bits = DENSE_BITS[self.config.dense]
         return (
-            f"memory {format_bytes(self.budget.memory)}: dense {format_bytes(self.budget.sizes.dense)}, "
+            f"memory {format_bytes(self.budget.memory)}: dense {format_bytes(self.budget.sizes.dense)}"
+            f"{f' in {bits} bits' if bits else ''}, "
             f"experts {format_bytes(held)} of {format_bytes(stats.total(self.store.levels.exact))}; {self.plan.describe()}; "
             f"store in {self.store.folder if self.remote is None else self.remote.describe()}"
         )
