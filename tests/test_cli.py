@@ -24,7 +24,7 @@ from comoe.generate import TokenStream, generate_text
 from comoe.trace import Trace
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ("demo", "pack", "run", "eval", "inspect", "plan", "trace", "doctor", "bench")
+COMMANDS = ("demo", "pack", "run", "eval", "inspect", "plan", "trace", "doctor")
 PROMPT = "def f(x): "
 TEXT = "def f(x):\n    return x * 2  # naïve, ü, 你好\n" * 6
 
