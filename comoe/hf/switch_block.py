@@ -8,12 +8,14 @@ does) go transformers' own.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 
 import torch
 from torch import nn
 
 from comoe.hf.blocks import MoEBlock
+from comoe.hf.layouts import LinearPairLayout
 
 PROBE_TOKENS = 16
 
@@ -25,7 +27,8 @@ def shorten(model: nn.Module, blocks: list[MoEBlock]) -> None:
         name, _, leaf = block.name.rpartition(".")
         parent = model.get_submodule(name)
         router = getattr(parent, "router", None)
-        if leaf != "experts" or not hasattr(router, "expert_capacity"):
+        arguments = tuple(inspect.signature(type(block.module).forward).parameters)[1:]
+        if leaf != "experts" or arguments != LinearPairLayout.SWITCH_ARGUMENTS:
             continue
         if not isinstance(getattr(router, "classifier", None), nn.Linear):
             continue
