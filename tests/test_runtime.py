@@ -176,13 +176,13 @@ def test_set_memory_down_and_up_while_generating(load, ids, plain):
 
 def test_a_pass_in_another_thread_sees_no_half_of_a_change(load, monkeypatch):
     """What a pass reads is whole at every moment of set_memory."""
-    from comoe.runtime import runtime as module
+    from comoe.runtime import placement as module
 
     model = load("17MB")
     layers, seen = len(model.comoe.specs), []
 
     def spied(level):
-        seen.append(len(model.comoe._prefill_rows))
+        seen.append(len(model.comoe.placement.prefill_rows))
         return prefill_rows(level)
 
     prefill_rows = module.prefill_rows
