@@ -84,8 +84,13 @@ def load_accelerate(job: dict[str, Any]):
 
 def load_comoe(job: dict[str, Any]):
     import comoe
+    from comoe.baseline import warm_up
+    from comoe.runtime.budget import memory_within
 
     options = dict(job["options"])
+    if job.get("cap"):
+        # What is left of the limit beside the interpreter, with room for the promise's tolerance.
+        options["memory"] = memory_within(job["cap"] - warm_up())
     model = comoe.load(job["folder"], **options)
     runtime = model.comoe
     if "level" in job:
@@ -93,6 +98,9 @@ def load_comoe(job: dict[str, Any]):
         level = runtime.store_sizes.levels.names.index(job["level"])
         pool = runtime.store_sizes.total(level)
         runtime.set_memory(runtime.budget.least(0) + int(pool * 1.03))
+    if "share" in job:
+        pool = runtime.store_sizes.total(runtime.store_sizes.levels.names.index("4"))
+        runtime.set_memory(runtime.budget.least(0) + int(pool * job["share"]))
     runtime.wait_ready()
     return model, ", ".join(f"{k}={v}" for k, v in sorted(options.items()) if k != "memory")
 
@@ -106,45 +114,38 @@ LOADERS = {"transformers": load_transformers, "accelerate": load_accelerate, "co
 def speed(model: Any, job: dict[str, Any]) -> dict[str, Any]:
     """Tokens per second of the prompt and of decoding, and seconds per token within MoE blocks."""
     import torch
+    from peers_timing import timed_decode
     from transformers import DynamicCache
 
     prompt = torch.tensor([job["prompt"]])
-    steps = [torch.tensor([[token]]) for token in job["steps"]]
+    cache = None
 
     @torch.inference_mode()
-    def prefill():
+    def prefill() -> float:
+        nonlocal cache
         cache = DynamicCache()
         start = time.perf_counter()
         model(input_ids=prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        return cache, time.perf_counter() - start
+        return time.perf_counter() - start
 
     @torch.inference_mode()
-    def decode(cache, tokens) -> list[float]:
-        seconds = []
-        for token in tokens:
-            start = time.perf_counter()
-            model(input_ids=token, past_key_values=cache, use_cache=True)
-            seconds.append(time.perf_counter() - start)
-        return seconds
+    def feed(token: int) -> float:
+        ids = torch.tensor([[token]])
+        start = time.perf_counter()
+        model(input_ids=ids, past_key_values=cache, use_cache=True)
+        return time.perf_counter() - start
 
     prefill()  # makes code, and fills caches
-    cache, prompt_seconds = prefill()
-    warm, timed = job["warm"], job["timed"]
-    decode(cache, steps[:warm])
-    seconds = decode(cache, steps[warm : warm + timed])
-    rest = steps[warm + timed :]
-    result = {
-        "prefill_tokens_per_second": prompt.shape[1] / prompt_seconds,
-        "decode_tokens_per_second": timed / sum(seconds),
-        "token_seconds": seconds,
-    }
-    if rest:
+    result = {"prefill_tokens_per_second": prompt.shape[1] / prefill()}
+    result |= timed_decode(feed, job)
+    if job.get("blocks", True):
+        tokens = job["block_steps"]
         blocks = BlockTimes(model)
-        seconds = decode(cache, rest)
-        result |= {
-            "moe_seconds_per_token": blocks.seconds / len(rest),
-            "hooked_seconds_per_token": sum(seconds) / len(rest),
-        }
+        feed(tokens[0])
+        blocks.seconds = 0.0
+        for token in tokens[1:]:
+            feed(token)
+        result["moe_seconds_per_token"] = blocks.seconds / (len(tokens) - 1)
     return result
 
 
