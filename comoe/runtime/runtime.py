@@ -24,7 +24,7 @@ from comoe.policy.predictor import NoPredictor, Predictor
 from comoe.policy.prefetch_gauge import TimedGauge
 from comoe.policy.snapshot import Snapshot
 from comoe.policy.upgrades import RecentUse, UpgradePolicy
-from comoe.runtime.budget import LONG_STEP, Budget, ModelSizes, Step
+from comoe.runtime.budget import LONG_STEP, Budget, ModelSizes, Step, memory_within
 from comoe.runtime.compute import Compute
 from comoe.runtime.elsewhere import ExpertsElsewhere
 from comoe.runtime.engine import (
@@ -143,7 +143,7 @@ class Runtime:
         largest = self.store_sizes.largest(least)
         in_full = self.store_sizes.total(store.levels.exact)
         floor = pool_floor(largest, in_full, store.page_bytes)
-        total = memory.available() if config.memory is None else config.memory
+        total = config.memory or memory_within(memory.available())
         fixed = SCRATCH_BYTES + RECORD_BYTES * sum(layer.records.size for layer in store.layers)
         fixed += fetch_bytes(table.nbytes) if remote is not None else 0
         self.budget = Budget(total, baseline, sizes, floor, fixed)
