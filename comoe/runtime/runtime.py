@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from comoe import _C, memory
-from comoe.config import CoMoEConfig, format_bytes, parse_bytes
+from comoe.config import DENSE_BITS, CoMoEConfig, format_bytes, parse_bytes
 from comoe.policy.assumed import assumed_losses
 from comoe.policy.cache import CachePolicy
 from comoe.policy.controller import Controller, Decision
@@ -24,7 +24,7 @@ from comoe.policy.predictor import NoPredictor, Predictor
 from comoe.policy.prefetch_gauge import TimedGauge
 from comoe.policy.snapshot import Snapshot
 from comoe.policy.upgrades import RecentUse, UpgradePolicy
-from comoe.runtime.budget import LONG_STEP, Budget, ModelSizes, Step
+from comoe.runtime.budget import LONG_STEP, Budget, ModelSizes, Step, memory_within
 from comoe.runtime.compute import Compute
 from comoe.runtime.elsewhere import ExpertsElsewhere
 from comoe.runtime.engine import (
@@ -143,7 +143,7 @@ class Runtime:
         largest = self.store_sizes.largest(least)
         in_full = self.store_sizes.total(store.levels.exact)
         floor = pool_floor(largest, in_full, store.page_bytes)
-        total = memory.available() if config.memory is None else config.memory
+        total = config.memory or memory_within(memory.available())
         fixed = SCRATCH_BYTES + RECORD_BYTES * sum(layer.records.size for layer in store.layers)
         fixed += fetch_bytes(table.nbytes) if remote is not None else 0
         self.budget = Budget(total, baseline, sizes, floor, fixed)
@@ -488,8 +488,10 @@ class Runtime:
         """What was decided, in one line."""
         stats = self.store_sizes
         held = min(self.plan.pool_bytes, stats.total(self.plan.want_level))
+        bits = DENSE_BITS[self.config.dense]
         return (
-            f"memory {format_bytes(self.budget.memory)}: dense {format_bytes(self.budget.sizes.dense)}, "
+            f"memory {format_bytes(self.budget.memory)}: dense {format_bytes(self.budget.sizes.dense)}"
+            f"{f' in {bits} bits' if bits else ''}, "
             f"experts {format_bytes(held)} of {format_bytes(stats.total(self.store.levels.exact))}; {self.plan.describe()}; "
             f"store in {self.store.folder if self.remote is None else self.remote.describe()}"
         )
