@@ -156,6 +156,7 @@ class Runtime:
         )
         if remote is not None:
             self.live.network = lambda: best_link(remote.sources.links)
+        self._away = self._elsewhere() if network and not config.exact else None
         self.controller = self._controller()
         plan = self.controller.plan
         self.engine, first = open_engine(
@@ -171,7 +172,7 @@ class Runtime:
         self.network = None
         if network and not config.exact:
             sources = None if remote is None else remote.sources
-            self.network = Network(self.engine, self.store_sizes, sources, self._elsewhere())
+            self.network = Network(self.engine, self.store_sizes, sources, self._away)
         self.records = Records(store, table)
         self.missing = MissHandler(self.engine, self.store_sizes)
         self.remote = remote and Remote(
@@ -375,7 +376,10 @@ class Runtime:
     def _controller(self) -> Controller:
         joint = isinstance(self.planner, JointPlanner)
         if joint:
-            self.planner.situation = Situation(self.config.goal(), self.live.costs())
+            away = self._away and self._away.policy
+            self.planner.situation = Situation(
+                self.config.goal(), self.live.costs(), elsewhere=away
+            )
         return Controller(
             self.planner,
             self.store_sizes,
