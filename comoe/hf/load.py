@@ -65,6 +65,9 @@ def start_runtime(
     )
     attach(blocks, runtime)
     shorten(model, blocks)
+    if config.dense != "source":
+        # The weights that were rounded are mapped until from_pretrained returns: the pool lends their room.
+        runtime.set_memory(runtime.budget.memory)
     model.comoe = runtime
     model.register_forward_pre_hook(_begin_step, with_kwargs=True)
     model.register_forward_hook(_end_step, always_call=True)
