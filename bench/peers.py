@@ -318,6 +318,7 @@ COLUMNS = (
     "decode_tokens_per_second",
     "prefill_tokens_per_second",
     "moe_seconds_per_token",
+    "experts_seconds_per_token",
     "perplexity",
     "cgroup_peak",
     "rss_peak",
@@ -328,7 +329,7 @@ COLUMNS = (
     "ran",
     "error",
 )
-MEASURES = COLUMNS[5:11]
+MEASURES = COLUMNS[5:12]
 
 
 def make_checkpoint(folder: Path, shape: dict[str, int], vocabulary: int) -> None:
@@ -392,8 +393,10 @@ def main() -> int:
 def show(console: Console, found: dict[str, Any]) -> None:
     for case in dict.fromkeys(row["case"] for row in found["rows"]):
         table = Table(title=case)
-        for title in ("peer", "decode/s", "prefill/s", "MoE ms", "peak GB", "RSS GB", "perplexity", ""):  # fmt: skip
-            table.add_column(title, justify="left" if title in ("peer", "") else "right")
+        for title in ("peer", "decode/s", "prefill/s", "MoE ms", "experts ms", "peak GB", "RSS GB", "perplexity", ""):  # fmt: skip
+            table.add_column(
+                title, justify="left" if title in ("peer", "") else "right", no_wrap=title != ""
+            )
         for row in found["rows"]:
             if row["case"] == case:
                 table.add_row(*row["shown"])
