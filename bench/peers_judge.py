@@ -15,6 +15,9 @@ NUMBERS = (
     "cgroup_peak",
     "rss_peak",
     "bits_per_weight",
+    "read_bytes_per_token",
+    "memory_bytes_per_second",
+    "disk_bytes_per_second",
 )
 GOOD_RUNGS = 1.01  # of the exact model's perplexity
 
@@ -36,8 +39,9 @@ def judge(rows: list[dict[str, str]], peers: Mapping[str, Any]) -> dict[str, Any
 def _median(rows: list[dict[str, str]]) -> dict[str, Any]:
     out: dict[str, Any] = {"case": rows[0]["case"], "peer": rows[0]["peer"]}
     out["error"], out["ran"] = rows[-1]["error"], rows[-1]["ran"]
+    good = [row for row in rows if not row["error"]]
     for name in NUMBERS:
-        values = [float(row[name]) for row in rows if row[name]]
+        values = [float(row[name]) for row in good if row[name]]
         out[name] = statistics.median(values) if values else None
     return out
 
@@ -46,6 +50,9 @@ def _shown(row: dict[str, Any]) -> list[str]:
     def number(name: str, digits: int, scale: float = 1.0) -> str:
         return "" if row[name] is None else f"{row[name] * scale:.{digits}f}"
 
+    told = row["error"] or row["ran"]
+    if row["memory_bytes_per_second"]:
+        told = f"memory {number('memory_bytes_per_second', 1, 1e-9)} GB/s, disk {number('disk_bytes_per_second', 2, 1e-9)} GB/s"
     return [
         row["peer"],
         number("decode_tokens_per_second", 2),
@@ -55,7 +62,7 @@ def _shown(row: dict[str, Any]) -> list[str]:
         number("cgroup_peak", 2, 1e-9),
         number("rss_peak", 2, 1e-9),
         number("perplexity", 3),
-        row["error"] or row["ran"],
+        told,
     ]
 
 
