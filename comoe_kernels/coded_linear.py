@@ -63,9 +63,7 @@ def encode_linear(weight: torch.Tensor, bits: int) -> torch.Tensor:
     if bits not in BITS:
         raise ValueError(f"encode_linear: bits: expected one of {BITS}, got {bits}")
     if weight.dim() != 2:
-        raise ValueError(
-            f"encode_linear: weight: expected [rows, cols], got {list(weight.shape)}"
-        )
+        raise ValueError(f"encode_linear: weight: expected [rows, cols], got {list(weight.shape)}")
     weight = weight.detach().contiguous()
     rows, cols = weight.shape
     record = torch.empty(coded_linear_bytes(rows, cols, bits), dtype=torch.int8)
@@ -179,9 +177,7 @@ def _coded_linears_cpu(
         )
         for record, bias, num_rows, y in zip(records, biases, rows, out, strict=True)
     ]
-    _C.coded_linear(
-        targets, cols, bits, flat.data_ptr(), DTYPES[x.dtype], tokens, flat.stride(0)
-    )
+    _C.coded_linear(targets, cols, bits, flat.data_ptr(), DTYPES[x.dtype], tokens, flat.stride(0))
     return out
 
 

@@ -36,7 +36,9 @@ def handle_of(bound: Any) -> int:
 
 
 _LIBRARY = torch.library.Library("comoe", "FRAGMENT")
-_LIBRARY.define("experts(Tensor hidden, Tensor top_k_index, Tensor top_k_weights, int bound) -> Tensor")
+_LIBRARY.define(
+    "experts(Tensor hidden, Tensor top_k_index, Tensor top_k_weights, int bound) -> Tensor"
+)
 
 
 def _experts(

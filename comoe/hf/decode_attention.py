@@ -51,6 +51,8 @@ def use_decode_attention(model: nn.Module) -> None:
     """Where a model uses torch's attention; others keep theirs."""
     ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, decode_attention)
     ALL_MASK_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
-    for config in {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values():
+    for config in {
+        id(m.config): m.config for m in model.modules() if hasattr(m, "config")
+    }.values():
         if getattr(config, "_attn_implementation", None) == "sdpa":
             config._attn_implementation = IMPLEMENTATION

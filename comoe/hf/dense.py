@@ -39,9 +39,7 @@ class CodedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.bits = bits
-        self.weight = _empty_record(
-            self.out_features, self.in_features, bits, torch.device("meta")
-        )
+        self.weight = _empty_record(self.out_features, self.in_features, bits, torch.device("meta"))
         self.bias = linear.bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
