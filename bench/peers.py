@@ -125,7 +125,7 @@ def cases(peers: dict[str, Peer], half: int) -> list[Case]:
 class Bench:
     def __init__(self, args: argparse.Namespace):
         self.args = args
-        self.console = Console(stderr=args.json)
+        self.console = Console(stderr=args.json, soft_wrap=True)
         self.models: Path = args.models.resolve()
         self.peers = known_peers()
         self.path = RESULTS / f"{args.out}.csv"
@@ -412,18 +412,24 @@ def main() -> int:
 
 
 def show(console: Console, found: dict[str, Any]) -> None:
+    titles = ("peer", "decode/s", "prefill/s", "MoE ms", "experts ms", "peak GB", "RSS GB", "perplexity", "")  # fmt: skip
     for case in dict.fromkeys(row["case"] for row in found["rows"]):
         table = Table(title=case)
-        for title in ("peer", "decode/s", "prefill/s", "MoE ms", "experts ms", "peak GB", "RSS GB", "perplexity", ""):  # fmt: skip
-            table.add_column(
-                title, justify="left" if title in ("peer", "") else "right", no_wrap=title != ""
-            )
+        for title in titles:
+            table.add_column(title, justify="left" if title in ("peer", "") else "right")
         for row in found["rows"]:
             if row["case"] == case:
                 table.add_row(*row["shown"])
         console.print(table)
+    ran = {row["peer"]: row["ran"] for row in found["rows"] if row["ran"]}
+    for name, what in ran.items():
+        console.print(f"{name} ran: {what}", highlight=False, soft_wrap=True)
     for goal in found["goals"]:
-        console.print(f"{goal['verdict']:>9}  {goal['goal']}: {goal['figures']}", highlight=False)
+        console.print(
+            f"{goal['verdict']:>9}  {goal['goal']}: {goal['figures']}",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def _shown(row: dict[str, Any]) -> list[str]:
     def number(name: str, digits: int, scale: float = 1.0) -> str:
         return "" if row[name] is None else f"{row[name] * scale:.{digits}f}"
 
-    told = row["error"] or row["ran"]
+    told = row["error"]
     if row["memory_bytes_per_second"]:
         told = f"memory {number('memory_bytes_per_second', 1, 1e-9)} GB/s, disk {number('disk_bytes_per_second', 2, 1e-9)} GB/s"
     return [
