@@ -41,6 +41,8 @@ GIB = 2**30
 SHAPE_B = {"layers": 16, "experts": 64, "hidden": 1024, "intermediate": 512, "top_k": 8}
 SMALL = {"layers": 2, "experts": 8, "hidden": 256, "intermediate": 256, "top_k": 2}
 LIMIT_SECONDS = 600  # of one measurement
+CEILING = "the machine"  # rows of what memory and disk give, beside the peers'
+KILLED, LATE = "killed: does not fit", "not done after"
 WINDOW, CONTEXT, TEXT_BYTES = 256, 64, 24_000
 TIMING = {
     "warm_tokens": 4,
@@ -123,7 +125,7 @@ def cases(peers: dict[str, Peer], half: int) -> list[Case]:
 class Bench:
     def __init__(self, args: argparse.Namespace):
         self.args = args
-        self.console = Console(stderr=args.json)
+        self.console = Console(stderr=args.json, soft_wrap=True)
         self.models: Path = args.models.resolve()
         self.peers = known_peers()
         self.path = RESULTS / f"{args.out}.csv"
@@ -215,9 +217,9 @@ class Bench:
         if worker.returncode == 0 and out.strip():
             return json.loads(out.strip().splitlines()[-1]) | {"cgroup_peak": peak}
         if killed:
-            why = "killed: does not fit"
+            why = KILLED
         elif worker.returncode == -9:
-            why = f"not done after {self.args.limit} s"
+            why = f"{LATE} {self.args.limit} s"
         else:
             lines = log.read_text(errors="replace").strip().splitlines()
             why = lines[-1][-300:] if lines else f"exit status {worker.returncode}"
@@ -258,12 +260,15 @@ class Bench:
             if only and case.name not in only:
                 continue
             for repeat in range(self.args.repeats):
+                found.append((case.name, None, CEILING, repeat))
                 found += [(case.name, case.cap, name, repeat) for name in case.peers if name in known]  # fmt: skip
         return found
 
     def run(self) -> None:
-        done = {(row["case"], row["peer"], row["repeat"]) for row in self.rows()}
-        failed = {(r["case"], r["peer"]) for r in self.rows() if r["error"]}
+        rows = self.rows()
+        done = {(row["case"], row["peer"], row["repeat"]) for row in rows if not row["error"]}
+        # What did not fit, or was not done in time, will not the next time either.
+        failed = {(r["case"], r["peer"]) for r in rows if r["error"].startswith((KILLED, LATE))}
         wanted = self.wanted()
         began = time.monotonic()
         for number, (case, cap, name, repeat) in enumerate(wanted, 1):
@@ -271,6 +276,9 @@ class Bench:
                 continue
             minutes = (time.monotonic() - began) / 60
             self.say(f"[dim]{number}/{len(wanted)}, {minutes:.0f} min[/dim] {case}: {name}")
+            if name == CEILING:
+                self.add({"case": case, "peer": name, "repeat": repeat} | self.ceilings())
+                continue
             peer = self.peers[name]
             if case == "perplexity":
                 result = self.measure(peer, cap, self.text_job(peer), True)
@@ -278,11 +286,21 @@ class Bench:
                 result = self.measure(peer, cap, self.speed_job(), False)
             row = {"case": case, "limit": cap or "", "peer": name, "repeat": repeat}
             if "error" in result:
-                failed.add((case, name))  # it will not fit the next time either
+                failed.add((case, name))
             comoe = result.pop("comoe", {})
             row["memory"] = comoe.get("memory", "")
             row["bits_per_weight"] = comoe.get("bits_per_weight", "")
             self.add(row | {name: result[name] for name in COLUMNS if name in result})
+
+    def ceilings(self) -> dict[str, float]:
+        """What memory and disk give now, to all threads and to large direct reads."""
+        from comoe.doctor import disk_bandwidth, memory_read_bandwidth, native_module
+
+        disk = disk_bandwidth(self.models, 256 << 20)
+        return {
+            "memory_bytes_per_second": round(memory_read_bandwidth(native_module())),
+            "disk_bytes_per_second": round(disk["bytes_per_second"]),
+        }
 
     def speed_job(self) -> dict[str, Any]:
         vocabulary = json.loads((self.models / "source" / "config.json").read_text())["vocab_size"]
@@ -318,17 +336,21 @@ COLUMNS = (
     "decode_tokens_per_second",
     "prefill_tokens_per_second",
     "moe_seconds_per_token",
+    "experts_seconds_per_token",
     "perplexity",
     "cgroup_peak",
     "rss_peak",
     "memory",
     "bits_per_weight",
+    "read_bytes_per_token",
+    "memory_bytes_per_second",
+    "disk_bytes_per_second",
     "timed_tokens",
     "warm_tokens",
     "ran",
     "error",
 )
-MEASURES = COLUMNS[5:11]
+MEASURES = COLUMNS[5:12]
 
 
 def make_checkpoint(folder: Path, shape: dict[str, int], vocabulary: int) -> None:
@@ -390,16 +412,24 @@ def main() -> int:
 
 
 def show(console: Console, found: dict[str, Any]) -> None:
+    titles = ("peer", "decode/s", "prefill/s", "MoE ms", "experts ms", "peak GB", "RSS GB", "perplexity", "")  # fmt: skip
     for case in dict.fromkeys(row["case"] for row in found["rows"]):
         table = Table(title=case)
-        for title in ("peer", "decode/s", "prefill/s", "MoE ms", "peak GB", "RSS GB", "perplexity", ""):  # fmt: skip
+        for title in titles:
             table.add_column(title, justify="left" if title in ("peer", "") else "right")
         for row in found["rows"]:
             if row["case"] == case:
                 table.add_row(*row["shown"])
         console.print(table)
+    ran = {row["peer"]: row["ran"] for row in found["rows"] if row["ran"]}
+    for name, what in ran.items():
+        console.print(f"{name} ran: {what}", highlight=False, soft_wrap=True)
     for goal in found["goals"]:
-        console.print(f"{goal['verdict']:>9}  {goal['goal']}: {goal['figures']}", highlight=False)
+        console.print(
+            f"{goal['verdict']:>9}  {goal['goal']}: {goal['figures']}",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 if __name__ == "__main__":
