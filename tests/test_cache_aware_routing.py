@@ -30,7 +30,7 @@ def demand(runtime) -> int:
 @torch.no_grad()
 def test_what_is_near_enough_is_not_read(model):
     runtime, read = model.comoe, {}
-    runtime.gauge = type("Off", (PrefetchGauge,), {"useful": False})()
+    runtime.compute.gauge = type("Off", (PrefetchGauge,), {"useful": False})()
     for tolerance in (0.0, 0.5, FAR):
         runtime.set_routing_tolerance(tolerance)
         before, was = demand(runtime), runtime.stats()["decided"]["replaced"]
@@ -60,7 +60,7 @@ def by_hand(logits, index, weights, here):
 def test_replacements_and_weights(model):
     runtime, layer = model.comoe, 1
     generate(model, 12)
-    runtime.gauge = type("Off", (PrefetchGauge,), {"useful": False})()
+    runtime.compute.gauge = type("Off", (PrefetchGauge,), {"useful": False})()
     runtime.engine.wait_idle(10)
     sizes, first = runtime.store_sizes, int(runtime.store_sizes.num_experts[0])
     resident = runtime.engine.resident() == 2

@@ -77,11 +77,13 @@ def test_experts_computed_elsewhere_give_the_same_logits(host, load, packed_demo
         runtime = model.comoe
         away = connected(model)
         away.policy.timeout = lambda tokens: 20.0
-        runtime._rule = None
-        runtime.network.rule = runtime._network_rule = SendAll(away.policy)
+        runtime.placement.own_rule = None
+        runtime.network.rule = runtime.placement.network_rule = SendAll(away.policy)
         runtime.network._refresh = lambda: None
-        runtime._min_level = [np.full_like(low, 4) for low in runtime._min_level]
-        runtime._want_level = [np.full_like(low, 4) for low in runtime._want_level]
+        runtime.placement.min_level = [np.full_like(low, 4) for low in runtime.placement.min_level]
+        runtime.placement.want_level = [
+            np.full_like(low, 4) for low in runtime.placement.want_level
+        ]
         got = logits_of(model, ids)
         assert runtime.stats()["decided"]["sent"] > 0
         assert service.batches.figures.calls >= 4
@@ -96,7 +98,7 @@ def test_a_server_that_goes_away_is_done_without(host, load, packed_demo):
         model = load(url)
         runtime = model.comoe
         away = connected(model)
-        runtime.network.rule = runtime._network_rule = SendAll(away.policy)
+        runtime.network.rule = runtime.placement.network_rule = SendAll(away.policy)
         runtime.network._refresh = lambda: None
         logits_of(model, ids)
     assert torch.isfinite(logits_of(model, ids)).all()

@@ -156,7 +156,7 @@ def test_levels_follow_the_source(packed):
     for level in (0, LADDER.names.index("4"), LADDER.exact):
         for layer_idx, spec in enumerate(runtime.specs):
             levels = np.full(spec.num_experts, level, np.uint8)
-            runtime._op.set_levels(layer_idx, levels, levels)
+            runtime.placement.parts.op.set_levels(layer_idx, levels, levels)
         with torch.no_grad():
             logits.append(model(ids).logits)
     coarse, fine = ((x - logits[-1]).norm() for x in logits[:2])

@@ -68,9 +68,9 @@ def test_goes_on_when_the_link_is_cut_and_says_so(server, packed_demo, caplog):
         while time.monotonic() < give_up:  # and quality climbs back to all of the plan
             generated(model, tokenizer, 1)
             engine.wait_idle(5)
-            if model.comoe._has(model.comoe._base):
+            if model.comoe.placement.has(model.comoe.placement.base):
                 break
-        assert model.comoe._has(model.comoe._base)
+        assert model.comoe.placement.has(model.comoe.placement.base)
         left_out = model.comoe.stats()["remote"]["left_out"]
         generated(model, tokenizer, 4)
         assert model.comoe.stats()["remote"]["left_out"] == left_out

@@ -63,14 +63,13 @@ def as_contender(runtime, name: str) -> None:
     runtime.controller.observe = lambda *args: None
     runtime._watch_path = lambda snapshot: None
     runtime._follow_text = lambda: None
-    runtime._network_rule = None
-    runtime.network = None
-    runtime._upgrade = lambda: None
+    runtime.placement.network_rule = None
+    runtime.network = runtime.placement.parts.network = None
+    runtime.placement.upgrade = lambda upgrades: None
     if name == "once":
         rule = runtime.live.rule(runtime.plan, runtime.planner.loss, runtime.planner.use)
-        runtime._rule = rule if rule is not None else Wait()
+        runtime.placement.own_rule = rule if rule is not None else Wait()
         return
-    runtime._rule = None
     exact = runtime.store.levels.exact
     planner = {"demand": OnDemand(exact), "demand4": OnDemand(2), "local": Coarsest()}[name]
     runtime.set_planner(planner)
@@ -135,7 +134,7 @@ def main() -> None:
         print(json.dumps({"ready": runtime.describe()}), flush=True)
         sys.stdin.readline()
         if args.contender == "comoe":
-            runtime._ask_for_plan()
+            runtime.placement.ask_for_plan()
         began = time.perf_counter()
         cache, i = None, -1
         while time.perf_counter() - began < args.seconds:

@@ -16,6 +16,7 @@ from comoe.hf.checkpoint import model_class, read_config
 from comoe.hf.kv_cache import bytes_of, coming_positions, positions
 from comoe.hf.routers import NextGate
 from comoe.hf.sizes import experts_per_token, model_sizes
+from comoe.hf.switch_block import shorten
 from comoe.runtime.budget import Step
 from comoe.runtime.runtime import Runtime
 from comoe.store import Store
@@ -63,6 +64,10 @@ def start_runtime(
         on_close=close,
     )
     attach(blocks, runtime)
+    shorten(model, blocks)
+    if config.dense != "source":
+        # The weights that were rounded are mapped until from_pretrained returns: the pool lends their room.
+        runtime.set_memory(runtime.budget.memory)
     model.comoe = runtime
     model.register_forward_pre_hook(_begin_step, with_kwargs=True)
     model.register_forward_hook(_end_step, always_call=True)
