@@ -23,6 +23,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -209,9 +210,10 @@ class Bench:
             try:
                 out, _ = worker.communicate(timeout=self.args.limit)
             except subprocess.TimeoutExpired:
-                worker.kill()
-                worker.communicate()
                 out = ""
+            finally:
+                worker.kill()
+                worker.wait()
             peak, killed = group.peak(), group.killed()
         shutil.rmtree(scratch, ignore_errors=True)
         if worker.returncode == 0 and out.strip():
@@ -274,6 +276,9 @@ class Bench:
         for number, (case, cap, name, repeat) in enumerate(wanted, 1):
             if (case, name, str(repeat)) in done or (case, name) in failed:
                 continue
+            if time.monotonic() - began > self.args.seconds:
+                self.say("stopped; call again to go on")
+                return
             minutes = (time.monotonic() - began) / 60
             self.say(f"[dim]{number}/{len(wanted)}, {minutes:.0f} min[/dim] {case}: {name}")
             if name == CEILING:
@@ -378,6 +383,7 @@ def main() -> int:
     parser.add_argument("--out", default="peers", help="rows go to bench/results/OUT.csv")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--limit", type=int, default=LIMIT_SECONDS, help="seconds of one measurement")  # fmt: skip
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no measurement after these")  # fmt: skip
     parser.add_argument("--only", action="append", help="a case; may be repeated")
     parser.add_argument("--peers", action="append", help="part of a peer's name; may be repeated")
     parser.add_argument("--small", action="store_true")
@@ -386,6 +392,7 @@ def main() -> int:
     parser.add_argument("--delete", action="store_true", help="remove the models afterwards")
     parser.add_argument("--json", action="store_true", help="the judged rows as JSON on standard output")  # fmt: skip
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that groups are removed
     bench = Bench(args)
     if args.list:
         for case in cases(bench.peers, 0):
@@ -397,6 +404,11 @@ def main() -> int:
                 pass
         except CgroupError as error:
             bench.say(f"peers: {error}")
+            return 1
+        if len(Path("/proc/swaps").read_text().splitlines()) > 1:
+            bench.say(
+                "peers: there is swap, which a limit of memory does not count; swapoff -a first"
+            )
             return 1
         bench.set_up()
         bench.run()
