@@ -34,6 +34,7 @@ from typing import Any
 import peers_setup
 from cgroup import CgroupError, MemoryGroup, drop_from_cache
 from harness import RESULTS, write_rows
+from peers_judge import NUMBERS, judge
 from rich.console import Console
 from rich.table import Table
 
@@ -238,7 +239,7 @@ class Bench:
     def add(self, row: dict[str, Any]) -> None:
         empty = dict.fromkeys(COLUMNS, "")
         write_rows(self.args.out, [empty | {"run": self.args.run} | row])
-        told = {k: row[k] for k in MEASURES if row.get(k) not in ("", None)}
+        told = {k: row[k] for k in NUMBERS if row.get(k) not in ("", None)}
         said = row.get("error") or ", ".join(f"{k} {v:.4g}" for k, v in told.items())
         self.say(f"{row['case']} | {row['peer']} | {said}")
 
@@ -332,30 +333,8 @@ class Bench:
         return job
 
 
-COLUMNS = (
-    "run",
-    "case",
-    "limit",
-    "peer",
-    "repeat",
-    "decode_tokens_per_second",
-    "prefill_tokens_per_second",
-    "moe_seconds_per_token",
-    "experts_seconds_per_token",
-    "perplexity",
-    "cgroup_peak",
-    "rss_peak",
-    "memory",
-    "bits_per_weight",
-    "read_bytes_per_token",
-    "memory_bytes_per_second",
-    "disk_bytes_per_second",
-    "timed_tokens",
-    "warm_tokens",
-    "ran",
-    "error",
-)
-MEASURES = COLUMNS[5:12]
+COLUMNS = ("run", "case", "limit", "peer", "repeat", *NUMBERS)
+COLUMNS += ("memory", "timed_tokens", "warm_tokens", "ran", "error")
 
 
 def make_checkpoint(folder: Path, shape: dict[str, int], vocabulary: int) -> None:
@@ -412,8 +391,6 @@ def main() -> int:
             return 1
         bench.set_up()
         bench.run()
-    from peers_judge import judge
-
     found = judge(bench.rows(), bench.peers)
     show(bench.console, found)
     if args.json:
