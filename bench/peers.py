@@ -23,6 +23,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -33,6 +34,7 @@ from typing import Any
 import peers_setup
 from cgroup import CgroupError, MemoryGroup, drop_from_cache
 from harness import RESULTS, write_rows
+from peers_judge import NUMBERS, judge
 from rich.console import Console
 from rich.table import Table
 
@@ -209,9 +211,10 @@ class Bench:
             try:
                 out, _ = worker.communicate(timeout=self.args.limit)
             except subprocess.TimeoutExpired:
-                worker.kill()
-                worker.communicate()
                 out = ""
+            finally:
+                worker.kill()
+                worker.wait()
             peak, killed = group.peak(), group.killed()
         shutil.rmtree(scratch, ignore_errors=True)
         if worker.returncode == 0 and out.strip():
@@ -236,7 +239,7 @@ class Bench:
     def add(self, row: dict[str, Any]) -> None:
         empty = dict.fromkeys(COLUMNS, "")
         write_rows(self.args.out, [empty | {"run": self.args.run} | row])
-        told = {k: row[k] for k in MEASURES if row.get(k) not in ("", None)}
+        told = {k: row[k] for k in NUMBERS if row.get(k) not in ("", None)}
         said = row.get("error") or ", ".join(f"{k} {v:.4g}" for k, v in told.items())
         self.say(f"{row['case']} | {row['peer']} | {said}")
 
@@ -274,6 +277,9 @@ class Bench:
         for number, (case, cap, name, repeat) in enumerate(wanted, 1):
             if (case, name, str(repeat)) in done or (case, name) in failed:
                 continue
+            if time.monotonic() - began > self.args.seconds:
+                self.say("stopped; call again to go on")
+                return
             minutes = (time.monotonic() - began) / 60
             self.say(f"[dim]{number}/{len(wanted)}, {minutes:.0f} min[/dim] {case}: {name}")
             if name == CEILING:
@@ -327,30 +333,8 @@ class Bench:
         return job
 
 
-COLUMNS = (
-    "run",
-    "case",
-    "limit",
-    "peer",
-    "repeat",
-    "decode_tokens_per_second",
-    "prefill_tokens_per_second",
-    "moe_seconds_per_token",
-    "experts_seconds_per_token",
-    "perplexity",
-    "cgroup_peak",
-    "rss_peak",
-    "memory",
-    "bits_per_weight",
-    "read_bytes_per_token",
-    "memory_bytes_per_second",
-    "disk_bytes_per_second",
-    "timed_tokens",
-    "warm_tokens",
-    "ran",
-    "error",
-)
-MEASURES = COLUMNS[5:12]
+COLUMNS = ("run", "case", "limit", "peer", "repeat", *NUMBERS)
+COLUMNS += ("memory", "timed_tokens", "warm_tokens", "ran", "error")
 
 
 def make_checkpoint(folder: Path, shape: dict[str, int], vocabulary: int) -> None:
@@ -378,6 +362,7 @@ def main() -> int:
     parser.add_argument("--out", default="peers", help="rows go to bench/results/OUT.csv")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--limit", type=int, default=LIMIT_SECONDS, help="seconds of one measurement")  # fmt: skip
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no measurement after these")  # fmt: skip
     parser.add_argument("--only", action="append", help="a case; may be repeated")
     parser.add_argument("--peers", action="append", help="part of a peer's name; may be repeated")
     parser.add_argument("--small", action="store_true")
@@ -386,6 +371,7 @@ def main() -> int:
     parser.add_argument("--delete", action="store_true", help="remove the models afterwards")
     parser.add_argument("--json", action="store_true", help="the judged rows as JSON on standard output")  # fmt: skip
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that groups are removed
     bench = Bench(args)
     if args.list:
         for case in cases(bench.peers, 0):
@@ -398,10 +384,13 @@ def main() -> int:
         except CgroupError as error:
             bench.say(f"peers: {error}")
             return 1
+        if len(Path("/proc/swaps").read_text().splitlines()) > 1:
+            bench.say(
+                "peers: there is swap, which a limit of memory does not count; swapoff -a first"
+            )
+            return 1
         bench.set_up()
         bench.run()
-    from peers_judge import judge
-
     found = judge(bench.rows(), bench.peers)
     show(bench.console, found)
     if args.json:
