@@ -6,11 +6,13 @@ it cannot know is what the text will use: uses are those of the calibration text
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -34,6 +36,9 @@ from comoe.runtime.engine import RecordTable, pool_floor, slab_bytes, store_size
 from comoe.runtime.runtime import RECORD_BYTES, SCRATCH_BYTES, planner_of
 from comoe.store import Store
 from comoe_kernels.coded_linear import coded_linear_bytes
+
+if TYPE_CHECKING:
+    from comoe.overheads import Overheads
 
 POINTS = 12  # of the frontier, from the least memory to enough for all
 
@@ -358,14 +363,27 @@ def plot(rows: list[dict[str, Any]], outlooks: list[Outlook], path: Path, title:
     return path
 
 
-def device_of(name: str, folder: Path, examine: Callable[..., dict] | None = None) -> Device:
-    """The profile of that name; "measured": this machine, with the disk under `folder`."""
+def device_of(
+    name: str,
+    folder: Path,
+    examine: Callable[..., dict] | None = None,
+    overheads: Callable[[Path, float], Overheads] | None = None,
+) -> Device:
+    """The profile of that name; "measured": this machine, with the disk under `folder`: what `comoe doctor` measures,
+    and what tokens take beside bytes, by small models that are written beside the folder and run for some seconds.
+    """
     from comoe.doctor import examine as measure
+    from comoe.overheads import measure_overheads
     from comoe.policy.devices import MEASURED, load_device, measured_device
 
     if name != MEASURED:
         return load_device(name)
-    return measured_device((examine or measure)(folder, disk_bytes=64 << 20))
+    report = (examine or measure)(folder, disk_bytes=64 << 20)
+    beside = next((p for p in (folder.resolve().parent, folder) if os.access(p, os.W_OK)), None)
+    if beside is None:
+        beside = Path(tempfile.gettempdir())  # another disk, perhaps; most of it is not the disk
+    bandwidth = report["bandwidth"]["disk"]["bytes_per_second"]
+    return measured_device(report, asdict((overheads or measure_overheads)(beside, bandwidth)))
 
 
 def summary(
