@@ -19,8 +19,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from comoe.config import CoMoEConfig, format_bytes
+from comoe.config import DENSE_BITS, CoMoEConfig, format_bytes
 from comoe.hf.checkpoint import read_config
+from comoe.hf.dense import coded_dense_bytes
 from comoe.hf.sizes import experts_per_token, model_sizes
 from comoe.policy.assumed import assumed_losses
 from comoe.policy.controller import Controller
@@ -37,6 +38,7 @@ from comoe.runtime.engine import RecordTable, pool_floor, slab_bytes, store_size
 from comoe.runtime.runtime import RECORD_BYTES, SCRATCH_BYTES, planner_of
 from comoe.store import Store
 from comoe.store.identity import store_id
+from comoe_kernels.coded_linear import coded_linear_bytes
 
 if TYPE_CHECKING:
     from comoe.overheads import Overheads
@@ -74,7 +76,8 @@ class Model:
     dense_read: int  # bytes of dense weights that every token reads
 
     @classmethod
-    def open(cls, folder: str | Path) -> Model:
+    def open(cls, folder: str | Path, dense: str = "source") -> Model:
+        """dense: as in CoMoEConfig."""
         folder = Path(folder)
         store = Store.open(folder)
         config = read_config(folder)
@@ -82,15 +85,20 @@ class Model:
         shell.config = config
         element = torch.bfloat16
         # As large as the dense weights, and without memory.
-        size = (store.manifest.dense_bytes + 1) // element.itemsize
+        held = store.manifest.dense_bytes
+        if DENSE_BITS[dense]:
+            held = coded_dense_bytes(config, DENSE_BITS[dense])
+        size = (held + 1) // element.itemsize
         shell.weight = nn.Parameter(torch.empty(size, dtype=element, device="meta"))
         k = experts_per_token(shell)
         intermediate = max(layer.intermediate for layer in store.layers)
         text = config.get_text_config()
-        dense = store.manifest.dense_bytes
+        read = held
         if not getattr(config, "tie_word_embeddings", True):
             # Of an embedding that is not the head too, a token reads one row.
-            dense -= element.itemsize * text.vocab_size * text.hidden_size
+            rows, cols, bits = text.vocab_size, text.hidden_size, DENSE_BITS[dense]
+            one = element.itemsize * rows * cols
+            read -= coded_linear_bytes(rows, cols, bits) if bits else one
         layers = getattr(text, "num_hidden_layers", None) or getattr(text, "num_layers", 0)
         return cls(
             folder,
@@ -99,7 +107,7 @@ class Model:
             model_sizes(shell, k, intermediate),
             k,
             max(int(layers), len(store.layers)),
-            max(dense, 0),
+            max(read, 0),
         )
 
     @cached_property
