@@ -25,7 +25,10 @@ ISA_FLAGS = {
 BASE_FLAGS = (
     "-std=c++17 -O3 -g1 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-unused-parameter -pthread"
 )
-CUDA_FLAGS = "-std=c++17 -O3 -lineinfo -Xcompiler -fPIC,-fvisibility=hidden -Xptxas -warn-spills"
+# A kernel that spills registers is an error: each of ours is on the way of every token.
+CUDA_FLAGS = (
+    "-std=c++17 -O3 -lineinfo -Xcompiler -fPIC,-fvisibility=hidden -Xptxas -warn-spills,-Werror"
+)
 SANITIZERS = {
     "": "",
     "address": "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer",
