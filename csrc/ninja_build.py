@@ -246,7 +246,7 @@ def build_extension(build_dir: Path, output: Path) -> None:
     objects = {s: f"{BASE_FLAGS}{cuda_define} {source_flags(s)}" for s in sources}
     bindings = sorted((CSRC / "bindings").glob("*.cpp"))
     objects.update({s: f"{BASE_FLAGS}{cuda_define} {include}" for s in bindings})
-    link_flags = "-pthread -Wl,--gc-sections"
+    link_flags = "-pthread -Wl,--gc-sections -ldl"
     if cuda_sources:
         link_flags += " " + cuda_library_flags(nvcc)
     write_ninja(
@@ -278,7 +278,7 @@ def build_tests(
         objects,
         links,
         cxx=cxx or find_cxx(),
-        link_flags=f"-pthread {SANITIZERS[sanitizer]}{static}",
+        link_flags=f"-pthread {SANITIZERS[sanitizer]}{static} -ldl",
     )
     run_ninja(build_dir)
     return list(links)
