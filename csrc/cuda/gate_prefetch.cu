@@ -95,7 +95,7 @@ __device__ void row_times_tokens(const T* row, const T* x, int64_t x_stride, int
 // A warp owns a row and four tokens at a time; the last block to end owns everything after that:
 // a warp routes a token, then the block looks up and posts.
 template <class T>
-__global__ void __launch_bounds__(kThreads, 4)  // 64 registers: left alone, ptxas spills on sm_87
+__global__ void __launch_bounds__(kThreads, 2)  // 128 registers: left alone, ptxas spills
     gate_prefetch_kernel(const Plane plane, const __grid_constant__ GateLaunch launch, int rows) {
   const GateArgs& a = launch.args;
   const int row = blockIdx.x * kWarps + threadIdx.x / 32;
