@@ -46,11 +46,14 @@ test: native-test
 test-gpu: build
 	$(BIN)/python -m pytest -m gpu -rs $(PYTEST_ARGS)
 
+# Every kernel once, in about three minutes on two cores; BENCH_ARGS: of pytest, such as --write or -k disk.
+BENCH = $(BIN)/python -m pytest bench -o python_files='bench_*.py' -o tmp_path_retention_policy=none --benchmark-quiet --timeout 600
+
 bench: build
-	@for f in bench/bench_*.py; do echo "== $$f"; $(BIN)/python $$f $(BENCH_ARGS); done
+	$(BENCH) -m "not gpu" $(BENCH_ARGS)
 
 bench-gpu: build
-	@for f in bench/bench_*.py; do echo "== $$f --device cuda"; $(BIN)/python $$f --device cuda $(BENCH_ARGS); done
+	$(BENCH) -m gpu -rs $(BENCH_ARGS)
 
 CPP_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' | sort)
 

@@ -19,7 +19,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import torch
 from harness import interleave, quantiles, write_rows
+from kernel import Kernel, memory_copy
 
 from comoe import _C
 from comoe.store import LayerSpec, StoreWriter
@@ -279,6 +281,41 @@ def main() -> int:
         write_rows("codec_speed", speed(args.repeats))
     late = [row for row in rows if row["vs plain"] > row["bound"]]
     return 1 if late else 0
+
+
+def test_encode(bench):
+    """One expert to all its rungs; the error is that of its 4 bits against rounding with a scale per group."""
+    rng = np.random.default_rng(0)
+    hidden, intermediate = 2048, 768
+    shapes = [(intermediate, hidden)] * 2 + [(hidden, intermediate)]
+    values = [rng.standard_normal(s, np.float32) for s in shapes]
+    expert = [(v.view(np.uint32) >> 16).astype(np.uint16) for v in values]
+    sample = [values[0][:64]]
+    ours = ladder_errors(sample)[4][1]
+    rounded = plain_error(sample, 4, 128, int_zero=True)
+    payloads = _C.encode_expert(expert, [], 1, True)
+    nbytes = sum(v.size * 2 for v in values) + sum(len(p) for p in payloads)
+
+    def torch_rounding():
+        for v in values:
+            groups = torch.from_numpy(v).view(-1, 128)
+            low, high = groups.amin(1, keepdim=True), groups.amax(1, keepdim=True)
+            scale = (high - low) / 15
+            ((groups - low) / scale).round_().clamp_(0, 15).to(torch.uint8)
+
+    bench(
+        Kernel(
+            "codec pack",
+            f"H={hidden} I={intermediate} bf16 to all rungs",
+            lambda: _C.encode_expert(expert, [], 1, True),
+            nbytes,
+            ceiling=memory_copy(),
+            rival_name="torch: 4 bits only, min and max",
+            rival=torch_rounding,
+            error=ours / rounded,
+            error_of="of plain 4-bit rounding",
+        )
+    )
 
 
 if __name__ == "__main__":

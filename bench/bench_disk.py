@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from kernel import Ceiling, Kernel
 
 from comoe import _C
 
@@ -41,6 +42,15 @@ def make_file(path: Path, num_bytes: int, extent: int, record: int) -> list[int]
         os.fsync(f.fileno())
         os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     return crcs
+
+
+def read_plainly(path: Path) -> None:
+    """As any program reads a file that the page cache does not have."""
+    with open(path, "rb", buffering=0) as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        block = bytearray(1 << 20)
+        while file.readinto(block):
+            pass
 
 
 def raw_read(path: Path, begin: int, end: int, depth: int) -> float:
@@ -160,6 +170,32 @@ def main() -> None:
             writer.writerow(
                 [*row, args.rounds, f"{os.cpu_count()} cores", platform.release(), commit]
             )
+
+
+def test_disk_read(bench, tmp_path):
+    """Records into the pool, verified, from a file that is in no cache."""
+    record, count = int(9.44e6), 16
+    extent = (record + 4095) // 4096 * 4096
+    path = tmp_path / "records.bin"
+    crcs = make_file(path, count * extent, extent, record)
+    engine = EngineReader(path, extent, record, crcs)
+    whole = count * extent
+    bench(
+        Kernel(
+            "disk read",
+            f"{count} records of 9.44 MB, {engine.engine.stats()['io']}",
+            lambda: engine.read(0, count),
+            count * record,
+            ceiling=Ceiling(
+                "raw O_DIRECT, 8 in flight", lambda: raw_read(path, 0, whole, 8), whole
+            ),
+            rival_name="read() and readahead",
+            rival=lambda: read_plainly(path),
+            rival_share=whole / (count * record),
+            error=0.0,
+            error_of="(bits, CRC-32C)",
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -10,10 +10,13 @@ checked against the dense reference.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable, Sequence
 
 import numpy as np
+import pytest
 import torch
 from harness import interleave, quantiles, write_rows
+from kernel import Kernel, memory_read
 
 from comoe import _C
 from comoe_kernels import threads
@@ -127,6 +130,44 @@ def check(experts, x, level) -> float:
     return float(error / allowed)
 
 
+def decode(
+    experts: Sequence[_C.PagedExpert], x: torch.Tensor, num: int, calls: int, *, hot: bool = False
+) -> Callable[[], None]:
+    """A function that runs all rows of x through `num` experts, `calls` times; each time the next ones."""
+    rows, at = len(x), 0
+    tokens = [np.arange(rows, dtype=np.int32)] * num
+    pairs = [np.arange(rows, dtype=np.int32) + i * rows for i in range(num)]
+    out = torch.empty(num * rows, x.shape[1])
+
+    def run() -> None:
+        nonlocal at
+        for _ in range(calls):
+            chosen = [experts[(at + i) % len(experts)] for i in range(num)]
+            at += 0 if hot else num
+            # Not through the wrapper: the runtime calls this from C++.
+            _C.expert_ffn(
+                chosen, tokens, pairs, 0, 0.0, 0.0, x.data_ptr(), DTYPES[x.dtype],
+                len(x), x.stride(0), out.data_ptr(), len(out),
+            )  # fmt: skip
+
+    return run
+
+
+def stream(arena: Arena, nbytes: int) -> Callable[[], None]:
+    """A function that reads as many bytes (at most the arena's), each time further on."""
+    nbytes, at = min(nbytes, COLD_BYTES) // 64 * 64, 0
+
+    def run() -> None:
+        nonlocal at
+        if at + nbytes > COLD_BYTES:
+            at = 0
+        begin = arena.base + at
+        at += nbytes
+        _C.stream_read(arena.data[begin : begin + nbytes])
+
+    return run
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=9)
@@ -158,9 +199,6 @@ def main() -> None:
                 x = torch.randn(rows, hidden).bfloat16()
                 worse = check(experts, x, level)
                 num = args.experts
-                tokens = [np.arange(rows, dtype=np.int32)] * num
-                pairs = [np.arange(rows, dtype=np.int32) + i * rows for i in range(num)]
-                out = torch.empty(num * rows, hidden)
                 call_bytes = expert_ffn_bytes(
                     hidden,
                     intermediate,
@@ -172,35 +210,8 @@ def main() -> None:
                 )
                 calls = -(-TURN_BYTES // call_bytes)
                 nbytes = calls * call_bytes
-                state = {"expert": 0, "read": 0}
-
-                def ours(
-                    num=num,
-                    x=x,
-                    tokens=tokens,
-                    pairs=pairs,
-                    out=out,
-                    state=state,
-                    experts=experts,
-                    calls=calls,
-                ):
-                    for _ in range(calls):
-                        chosen = [experts[(state["expert"] + i) % len(experts)] for i in range(num)]
-                        state["expert"] += 0 if args.hot else num
-                        # Not through the wrapper: the runtime calls this from C++.
-                        _C.expert_ffn(
-                            chosen, tokens, pairs, 0, 0.0, 0.0, x.data_ptr(), DTYPES[x.dtype],
-                            len(x), x.stride(0), out.data_ptr(), len(out),
-                        )  # fmt: skip
-
-                def read(nbytes=nbytes, state=state):
-                    nbytes = min(nbytes, COLD_BYTES) // 64 * 64
-                    if state["read"] + nbytes > COLD_BYTES:
-                        state["read"] = 0
-                    at = arena.base + state["read"]
-                    state["read"] += nbytes
-                    _C.stream_read(arena.data[at : at + nbytes])
-
+                ours = decode(experts, x, num, calls, hot=args.hot)
+                read = stream(arena, nbytes)
                 times = interleave({"ours": ours, "read": read}, args.repeats)
                 low, mid, high = quantiles(times["ours"])
                 speed = nbytes / times["ours"] / 1e9
@@ -225,6 +236,60 @@ def main() -> None:
                 )
     if args.write:
         print(write_rows("expert_ffn", rows_out))
+
+
+@pytest.fixture(scope="module")
+def arena():
+    return Arena(COLD_BYTES + (1 << 20))
+
+
+@pytest.fixture(scope="module")
+def dense():
+    """bf16 matrices of cold experts, as transformers' loop over experts multiplies them."""
+    hidden, intermediate = SHAPES[0]
+    return [
+        tuple(
+            torch.randn(s).bfloat16()
+            for s in [(intermediate, hidden)] * 2 + [(hidden, intermediate)]
+        )
+        for _ in range(32)
+    ]
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_decode(bench, arena, dense, level):
+    threads.use_own_threads()
+    (hidden, intermediate), num, rng = SHAPES[0], 8, np.random.default_rng(0)
+    experts = experts_of(arena, rng, hidden, intermediate, LEVELS.index(level), "bf16")
+    x = torch.randn(1, hidden).bfloat16()
+    error = check(experts, x, LEVELS.index(level))
+    nbytes = expert_ffn_bytes(
+        hidden, intermediate, gated=True, level=LEVELS.index(level), num_experts=num, num_rows=num
+    )
+    calls = -(-(64 << 20) // nbytes)
+    turn = 0
+
+    def torch_loop():
+        nonlocal turn
+        turn += num
+        for i in range(num):
+            gate, up, down = dense[(turn + i) % len(dense)]
+            (torch.nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T
+
+    bench(
+        Kernel(
+            "expert_ffn",
+            f"T=1 K={num} H={hidden} I={intermediate} {level}",
+            decode(experts, x, num, calls),
+            calls * nbytes,
+            ceiling=memory_read(),
+            rival_name="torch bf16",
+            rival=torch_loop,
+            rival_share=1 / calls,
+            error=error,
+            error_of="of its rounding",
+        )
+    )
 
 
 if __name__ == "__main__":

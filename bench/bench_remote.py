@@ -15,16 +15,15 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+from edge.fetching import several
 from harness import interleave, quantiles, write_rows
 
 from comoe import _C
 from comoe.tiers.buffers import block
 from comoe.tiers.source import Transfer, open_source
-from comoe.tiers.sources import Sources
 
 STEPS = (64 << 10, 1 << 20, 16 << 20)
 CONFIG = """
@@ -115,23 +114,6 @@ def clients(url: str, nbytes: int, step: int) -> dict[str, Callable[[], None]]:
 
         found["fsspec (aiohttp)"] = with_fsspec
     return found
-
-
-def several(url: str, nbytes: int, crcs: dict[int, int], threads: int = 4) -> Callable[[], None]:
-    """As the fetcher does it: 2 MiB ranges in a few threads, each verified, chosen, timed and watched."""
-    step = 2 << 20
-    sources = Sources([open_source(url)])
-
-    def one(begin: int) -> None:
-        count = min(step, nbytes - begin)
-        right = crcs[begin]
-        sources.fetch("big.bin", begin, count, lambda v: _C.crc32c(v) == right, size=nbytes)
-
-    def run() -> None:
-        with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(one, range(0, nbytes, step)))
-
-    return run
 
 
 def main() -> None:

@@ -15,7 +15,11 @@ import time
 from dataclasses import replace
 
 import numpy as np
+import pytest
 from harness import write_rows
+from kernel import Kernel
+from scipy import sparse
+from scipy.optimize import linprog
 
 from comoe.policy.shared_costs import Sharing
 from comoe.policy.solver import Problem, solve
@@ -106,6 +110,40 @@ def main() -> None:
             }
         )
     write_rows("solver", rows)
+
+
+@pytest.mark.parametrize("experts", BOUNDS_MS)
+@pytest.mark.parametrize("shared", [False, True])
+def test_solve(bench, experts, shared):
+    """From nothing, two limits. The rival is HiGHS on the linear relaxation for one limit of 256 experts."""
+    problem = make(experts, 12, 2, shared)
+    first = solve(problem)
+    assert (first.used <= problem.limits).all()
+    small = make(256, 12, 1, False)
+    n, options = small.loss.shape
+    one_each = sparse.kron(sparse.eye(n), np.ones((1, options)))
+
+    def highs():
+        linprog(
+            small.loss.ravel(), A_ub=small.cost[0].reshape(1, -1), b_ub=small.limits,
+            A_eq=one_each, b_eq=np.ones(n), bounds=(0, 1), method="highs",
+        )  # fmt: skip
+
+    bench(
+        Kernel(
+            "solver",
+            f"{experts} experts x 12 options{', shared bases' if shared else ''}",
+            lambda: solve(as_new(problem)),
+            experts * 12,
+            "M options/s",
+            1e6,
+            rival_name="HiGHS, LP",
+            rival=highs,
+            rival_share=256 / experts,
+            error=first.loss / first.bound - 1,
+            error_of="above the bound",
+        )
+    )
 
 
 if __name__ == "__main__":

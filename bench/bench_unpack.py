@@ -13,14 +13,18 @@ import argparse
 
 import bench_expert_ffn
 import numpy as np
+import pytest
 import torch
 from bench_expert_ffn import SHAPES, Arena, experts_of
 from harness import interleave, quantiles, write_rows
+from kernel import Ceiling, Kernel, memory_copy
 
 from comoe import _C
 from comoe_kernels import threads
-from comoe_kernels.expert_ffn import Workspace, expert_ffn, expert_ffn_prefill
+from comoe_kernels.expert_ffn import Workspace, expert_ffn, expert_ffn_prefill, expert_ffn_ref
 from comoe_kernels.unpack import LEVELS, unpack, unpack_bytes
+
+EVERY = np.arange(64, dtype=np.int32)
 
 
 def main() -> None:
@@ -46,7 +50,7 @@ def main() -> None:
     rows_out = []
     for hidden, intermediate in SHAPES:
         for level in (LEVELS.index(name) for name in args.levels):
-            experts = experts_of(arena, rng, hidden, intermediate, level)
+            experts = experts_of(arena, rng, hidden, intermediate, level, "bf16")
             state = {"next": 0}
 
             def expert(experts=experts, state=state):
@@ -118,6 +122,80 @@ def main() -> None:
                 )
     if args.write:
         print(write_rows("unpack", rows_out))
+
+
+@pytest.fixture(scope="module")
+def arena():
+    return Arena(bench_expert_ffn.COLD_BYTES + (1 << 20))
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_unpack(bench, arena, level):
+    """All three matrices of eight experts to bf16; bytes are those read and written."""
+    threads.use_own_threads()
+    (hidden, intermediate), rng = SHAPES[0], np.random.default_rng(0)
+    experts = experts_of(arena, rng, hidden, intermediate, LEVELS.index(level), "bf16")[:8]
+    shapes = [(intermediate, hidden)] * 2 + [(hidden, intermediate)]
+    out = [torch.empty(shape, dtype=torch.bfloat16) for shape in shapes]
+    codes = [torch.randint(0, 16, shape, dtype=torch.uint8) for shape in shapes]
+    table, scale = torch.rand(16), torch.rand(1)
+
+    def torch_decode():
+        for code in codes:
+            (table[code.int()] * scale).bfloat16()
+
+    exact = [unpack(experts[0], m, torch.float32) for m in range(3)]
+    error = max(
+        float((unpack(experts[0], m, torch.bfloat16).float() - w).norm() / w.norm())
+        for m, w in enumerate(exact)
+    )
+    assert error <= 2**-8
+    bench(
+        Kernel(
+            "unpack",
+            f"H={hidden} I={intermediate} {level} to bf16",
+            lambda: [unpack(e, m, out=out[m]) for e in experts for m in range(3)],
+            len(experts) * sum(unpack_bytes(experts[0], m, torch.bfloat16) for m in range(3)),
+            ceiling=memory_copy(),
+            rival_name="torch: table[codes] * scale",
+            rival=torch_decode,
+            rival_share=1 / len(experts),
+            error=error,
+            error_of="relative (bf16)",
+        )
+    )
+
+
+@pytest.mark.parametrize("level", ["bits4", "exact"])
+def test_prefill(bench, arena, level):
+    threads.use_own_threads()
+    (hidden, intermediate), rows, rng = SHAPES[0], 512, np.random.default_rng(0)
+    expert = experts_of(arena, rng, hidden, intermediate, LEVELS.index(level), "bf16")[0]
+    x, a = torch.randn(rows, hidden).bfloat16(), torch.randn(rows, intermediate).bfloat16()
+    weights = [unpack(expert, m) for m in range(3)]
+    workspace = Workspace()
+    want = expert_ffn_ref(x, [unpack(expert, m, torch.float32) for m in range(3)])
+    got = expert_ffn_prefill(x, expert, workspace=workspace).float()
+    flop = 2.0 * rows * 3 * hidden * intermediate
+
+    def matmul():
+        return x @ weights[0].T, x @ weights[1].T, a @ weights[2].T
+
+    bench(
+        Kernel(
+            "prefill",
+            f"T={rows} H={hidden} I={intermediate} {level}",
+            lambda: expert_ffn_prefill(x, expert, workspace=workspace),
+            flop,
+            "GFLOP/s",
+            ceiling=Ceiling("torch's matmuls alone", matmul, flop),
+            rival_name="the decode kernel",
+            rival=lambda: expert_ffn(x[:64], [expert], [EVERY], [EVERY], 64),
+            rival_share=64 / rows,
+            error=float((got - want).norm() / want.norm()),
+            error_of="relative",
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import csv
 import os
 import platform
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,13 @@ import torch
 from comoe import _C
 
 RESULTS = Path(__file__).resolve().parent / "results"
+SCRATCH = RESULTS.parent.parent / "build" / "bench"  # on the disk of the repository, ignored by git
+
+
+def scratch() -> tempfile.TemporaryDirectory:
+    """A folder for models and stores that goes when the benchmark ends."""
+    SCRATCH.mkdir(parents=True, exist_ok=True)
+    return tempfile.TemporaryDirectory(dir=SCRATCH)
 
 
 def interleave(variants: dict[str, Callable[[], object]], repeats: int) -> dict[str, np.ndarray]:

@@ -132,6 +132,9 @@ class MoeOp:
 class MoePolicy:
     def __init__(self, engine: Engine, op: MoeOp, caches: bool, profile_decay: float) -> None: ...
     def set_plan(self, reads: bool, rule: LeastCost, follows: bool) -> None: ...
+    def set_losses(self, per_square: np.ndarray, nothing: np.ndarray) -> None: ...
+    def set_loss_limit(self, limit: float, most: float) -> None: ...
+    def account(self) -> dict: ...
     def set_bits(self, layer_idx: int, bits: np.ndarray) -> None: ...
     def hold(
         self, layer_idx: int, ids: np.ndarray, offsets: np.ndarray, experts: np.ndarray
@@ -210,11 +213,56 @@ class PagedExpert:
 
 class ReadError(OSError): ...
 
+SPIN_MICROSECONDS: int
+
 class Session:
     def next(self) -> Any: ...
     def done(self, need: int) -> None: ...
     def close(self) -> None: ...
 
+def attend(
+    q: int,
+    k: int,
+    v: int,
+    mask: int,
+    out: int,
+    dtype: int,
+    sizes: Sequence[int],
+    strides: Sequence[int],
+    scale: float,
+) -> None: ...
+def coded_gather(
+    record: int,
+    record_bytes: int,
+    rows: int,
+    cols: int,
+    bits: int,
+    ids: int,
+    n: int,
+    out: int,
+    dtype: int,
+) -> None: ...
+def coded_linear(
+    targets: Sequence[tuple[int, int, int, int, int, int]],
+    cols: int,
+    bits: int,
+    x: int,
+    dtype: int,
+    T: int,
+    x_stride: int,
+) -> None: ...
+def coded_matrix_bytes(rows: int, cols: int, bits: int) -> int: ...
+def coded_rows(
+    record: int,
+    record_bytes: int,
+    rows: int,
+    cols: int,
+    bits: int,
+    first: int,
+    count: int,
+    out: int,
+    dtype: int,
+) -> None: ...
 def combine_pairs(
     pair_out: int,
     weights: int,
@@ -233,9 +281,24 @@ cuda_built: bool
 
 def cuda_copy_bandwidth(index: int, num_bytes: int = 268435456, repeats: int = 5) -> float: ...
 def cuda_devices() -> tuple: ...
+def dense_linear(
+    weight: int,
+    weight_dtype: int,
+    rows: int,
+    cols: int,
+    x: int,
+    dtype: int,
+    T: int,
+    x_stride: int,
+    bias: int,
+    out: int,
+) -> None: ...
 def encode_coded(
     matrices: Sequence[np.ndarray], biases: Sequence[np.ndarray], bits: int
 ) -> np.ndarray: ...
+def encode_coded_matrix(
+    source: int, dtype: int, rows: int, cols: int, bits: int, record: int, record_bytes: int
+) -> None: ...
 def encode_expert(
     matrices: list, biases: list, exact_dtype: int, gated: bool, out: Any = None, scales: list = []
 ) -> list: ...
@@ -276,6 +339,7 @@ def router_logits(
     weight: int, bias: int, dtype: int, E: int, H: int, x: int, x_dtype: int
 ) -> np.ndarray: ...
 def set_num_threads(num_threads: int) -> None: ...
+def set_spin(microseconds: int) -> None: ...
 def stream_read(data: np.ndarray) -> int: ...
 def unpack_bias(expert: PagedExpert, matrix: int, out: int) -> None: ...
 def unpack_matrix(expert: PagedExpert, matrix: int, out: int, out_dtype: int, ld: int) -> None: ...

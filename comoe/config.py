@@ -9,6 +9,8 @@ from typing import Any
 
 from comoe.policy.goal import Goal, parse_quality
 
+DENSE_BITS = {"source": 0, "bits8": 8, "bits4": 4}  # 0: as in the checkpoint
+
 _UNITS = {"": 1, "b": 1}
 for _power, _prefix in enumerate("kmgt", 1):
     for _end in ("", "b"):
@@ -71,6 +73,9 @@ class CoMoEConfig:
     quality      "high", "balanced", "fast", or nats per token that may be lost: experts that the memory
                  does not hold finely enough are then read when that is worth the time. None: never waited for.
     latency      seconds that a token should take at most; the rest goes into quality. None: no target.
+    dense        what attention, shared experts, dense layers, embeddings and lm_head are kept in: "source", or "bits8" or
+                 "bits4": read faster and smaller (docs/dense.md). Not with exact.
+    compile      decode steps run compiled by torch.compile (docs/dense.md); without a C++ compiler as before.
     routing_tolerance
                  cache-aware routing: an expert of which something is missing gives way to a resident one whose router
                  logit is at most this much lower; 0: never. What it costs: docs/policy.md. Not with exact.
@@ -90,6 +95,8 @@ class CoMoEConfig:
     upgrade: bool = True
     quality: str | float | None = None
     latency: float | None = None
+    dense: str = "source"
+    compile: bool = False
     routing_tolerance: float = 0.0
     expert_server: str | None = None
     expert_token_file: str | None = None
@@ -115,6 +122,14 @@ class CoMoEConfig:
                 "exact: expected neither quality nor latency beside it, since exact weights are always "
                 "waited for; leave one of them out"
             )
+        if self.dense not in DENSE_BITS:
+            known = ", ".join(repr(name) for name in DENSE_BITS)
+            raise ValueError(f"dense: expected one of {known}, got {self.dense!r}")
+        if self.exact and self.dense != "source":
+            raise ValueError(
+                f"exact: expected dense='source' beside it, since {self.dense} rounds the dense weights; "
+                "leave one of them out"
+            )
         tolerance = self.routing_tolerance
         if isinstance(tolerance, bool) or not isinstance(tolerance, int | float):
             raise TypeError(f"routing_tolerance: expected a number, got {tolerance!r}")
@@ -134,7 +149,7 @@ class CoMoEConfig:
             raise ValueError(
                 "exact: expected no expert_server beside it, since what comes back is rounded; leave one out"
             )
-        for name in ("exact", "direct_io", "verify", "upgrade"):
+        for name in ("exact", "direct_io", "verify", "upgrade", "compile"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name}: expected True or False, got {getattr(self, name)!r}")
 

@@ -23,6 +23,7 @@ SIMPLER = (
     (r"typing\.SupportsFloat \| typing\.SupportsIndex", "float"),
     (r"typing\.Annotated\[numpy\.typing\.ArrayLike, numpy\.\w+\]", "np.ndarray"),
     (r"numpy\.typing\.NDArray\[numpy\.\w+\]", "np.ndarray"),
+    (r'typing\.Annotated\[(collections\.abc\.Sequence\[\w+\]), "FixedSize\(\d+\)"\]', r"\1"),
     (r"typing_extensions\.Buffer", "Buffer"),
     (r"collections\.abc\.", ""),
     (r"comoe\._C\.", ""),

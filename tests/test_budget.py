@@ -12,7 +12,14 @@ from transformers.models.gpt_oss.configuration_gpt_oss import GptOssConfig
 from comoe.hf.kv_cache import bytes_of, positions
 from comoe.hf.sizes import _layer_kinds
 from comoe.policy.plan import BudgetError
-from comoe.runtime.budget import EXPERT_ROWS, Budget, ModelSizes, Step, tolerance
+from comoe.runtime.budget import (
+    EXPERT_ROWS,
+    Budget,
+    ModelSizes,
+    Step,
+    memory_within,
+    tolerance,
+)
 from comoe.runtime.engine import HUGE_PAGE, pool_floor, slab_bytes
 
 SIZES = ModelSizes(
@@ -49,6 +56,13 @@ def test_kv_grows_to_the_window_and_beyond_it_only_where_all_is_kept():
 )
 def test_workspace(step, expected):
     assert SIZES.workspace(step) == expected
+
+
+@pytest.mark.parametrize("available", [10**8, 2 * 10**9, 10**11])
+def test_the_promise_made_of_what_is_available_fits_in_it(available):
+    memory = memory_within(available)
+    assert memory + tolerance(memory) <= available
+    assert memory_within(1000) == 1  # refused later, with what is needed
 
 
 def test_rows_of_experts_are_bounded():

@@ -171,6 +171,7 @@ class FakeSituation:
     goal: Goal = Goal()  # noqa: RUF009 (frozen)
     costs: Costs | None = None
     use: np.ndarray | None = None
+    caution: float = 1.0
 
 
 class FakePlanner(EvenPlanner):

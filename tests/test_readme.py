@@ -84,36 +84,126 @@ def test_links_lead_somewhere():
 def test_readme_figures_are_those_measured():
     """When this fails: python bench/update_readme.py --only-table"""
     readme = (ROOT / "README.md").read_text()
-    figures = json.loads(update_readme.RESULTS.read_text())
-    assert readme == update_readme.with_table(readme, update_readme.table(figures))
+    assert readme == update_readme.with_tables(readme)
+    shown = [name for _, name, *_ in update_readme.SECTION.findall(readme)]
+    assert sorted(shown) == sorted(update_readme.TABLES)  # each once
+    figures = json.loads((update_readme.RESULTS / "demo.json").read_text())
     assert len(figures["rows"]) >= 4
 
 
-def test_the_table_shows_every_row():
-    row = {
-        "memory": 12_500_000,
-        "peak": 450_000_000,
-        "baseline": 430_000_000,
-        "bits_per_weight": 4.198,
-        "tokens_per_second": 31.25,
-        "perplexity": 12.345,
-    }
-    figures = {
-        "command": "comoe demo --json",
-        "date": "2026-01-01",
-        "cpu": {"cores": 2, "model": "a CPU", "isa": "avx2", "load": 0.1},
-        "versions": {"torch": "2.13.0", "transformers": "5.23.0"},
-        "rows": [row],
-        "plain": row | {"bits_per_weight": 16.0},
-    }
-    text = update_readme.table(figures)
-    assert (
-        "| 12.5 MB | 20.0 MB | 4.20 | 12.35 | 31.2 |" in text
-        or "| 12.5 MB | 20.0 MB | 4.20 | 12.35 | 31.3 |" in text
-    )
-    assert "| plain transformers | 20.0 MB | 16.00 |" in text
-    with pytest.raises(ValueError, match=r"README\.md: expected the lines"):
-        update_readme.with_table("nothing", text)
+DEMO_ROW = {
+    "memory": 12_500_000,
+    "peak": 450_000_000,
+    "baseline": 430_000_000,
+    "bits_per_weight": 4.198,
+    "tokens_per_second": 31.3,
+    "perplexity": 12.345,
+}
+AT = {"threads": 2, "cpu": "a CPU", "date": "2026-01-01"}
+SWITCH_ROW = {
+    "budget": None,
+    "peak_rss": 15_600_000_000,
+    "mean_ms_per_token": 50.04,
+    "encoder_ms": 900.4,
+    "conditions": AT,
+}
+MADE_UP = {
+    "demo.json": json.dumps(
+        {
+            "command": "comoe demo --json",
+            "date": "2026-01-01",
+            "cpu": {"cores": 2, "model": "a CPU", "isa": "avx2", "load": 0.1},
+            "versions": {"torch": "2.13.0", "transformers": "5.23.0"},
+            "rows": [DEMO_ROW],
+            "plain": DEMO_ROW | {"bits_per_weight": 16.0},
+        }
+    ),
+    "switch_base_128.json": json.dumps(
+        {
+            "rows": [
+                SWITCH_ROW | {"row": "plain"},
+                {"row": "lru@4.7GB", "failed": "killed"},
+                SWITCH_ROW
+                | {
+                    "row": "comoe@2.4GB",
+                    "budget": 2_400_000_000,
+                    "peak_rss": 2_350_000_000,
+                    "plain_mean_ms_per_token": 75.06,
+                    "bits_used": 3.456,
+                    "demo_loss_percent": 2.34,
+                },
+            ]
+        }
+    ),
+    "peers.csv": "run,case,peer,decode_tokens_per_second,prefill_tokens_per_second,perplexity,threads,cpu,date\n"
+    "a,resident,comoe exact,99,99,,2,a CPU,2026-01-01\n"
+    + "".join(f"b,resident,comoe exact,{speed},200,,2,a CPU,2026-01-02\n" for speed in (20, 30, 40))
+    + "b,2 GiB,llama.cpp bf16,1.5,134,,2,a CPU,2026-01-02\n"
+    "b,perplexity,comoe exact,,,11.25,2,a CPU,2026-01-02\n",
+    "sweep.json": json.dumps(
+        [
+            {"method": method, "fraction": 0.3, "perplexity": value, "perplexity_exact": 10.0}
+            for method, value in (
+                ("allocator", 10.01),
+                ("plain bits", 10.02),
+                ("m-smoe", 20.0),
+                ("ream", 15.0),
+            )
+        ]
+    ),
+    "soak.json": json.dumps(
+        {
+            "exact": {
+                "minutes": 30.2,
+                "jobs": 1234,
+                "tokens": 98765,
+                "changes": 2000,
+                "equal": 1234,
+                "different": 0,
+                "rss_slope_bytes_per_minute": [-5000, 1000, 7000],
+                "command": "python bench/soak.py",
+            }
+        }
+    ),
+}
+SHOWN = {
+    "demo.json": [
+        "| 12.5 MB | 20.0 MB | 4.20 | 12.35 | 31.3 |",
+        "| plain transformers | 20.0 MB | 16.00 |",
+    ],
+    "switch_base_128.json": [
+        "| plain transformers, bf16 | none | 15.60 GB | 50.0 | 1x | 900 | 16 |  |",
+        "| **comoe** | 2.40 GB | 2.35 GB | 50.0 | 1.50x | 900 | 3.46 | +2.3 % |",
+    ],
+    "peers.csv": [
+        "| **comoe** exact | 30.00 | - | - | 200 | 11.25 |",
+        "| llama.cpp bf16 | - | 1.50 | - | - | - |",
+    ],
+    "sweep.json": ["| 30 % | +0.1 % | +0.2 % | +50.0 % |", "| 20 % | does not fit |"],
+    "soak.json": ["1,234 calls", "0 not", "RSS +1 kB a minute (at most +7 with 95 % confidence)"],
+}
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_tables_show_what_was_measured(name, tmp_path):
+    page = f"above\n<!-- figures of bench/results/{name} -->\nold\n<!-- end of figures -->\nbelow"
+    empty = update_readme.with_tables(page, tmp_path)
+    assert empty == page.replace("old\n", "")
+    (tmp_path / name).write_text(MADE_UP[name])
+    found = update_readme.with_tables(page, tmp_path)
+    assert all(line in found for line in SHOWN[name]), found
+    assert found.startswith("above\n<!--") and found.endswith("-->\nbelow")
+    assert update_readme.with_tables(found, tmp_path) == found
+    assert "failed" not in found and "LRU" not in found
+
+
+def test_sections_that_nobody_knows_are_refused():
+    with pytest.raises(ValueError, match="expected the lines"):
+        update_readme.with_tables("nothing")
+    with pytest.raises(ValueError, match=r"figures of x\.json: expected one of"):
+        update_readme.with_tables(
+            "<!-- figures of bench/results/x.json -->\n<!-- end of figures -->"
+        )
 
 
 @pytest.mark.parametrize("example", ["generate.py", "offload.py"])

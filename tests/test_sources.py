@@ -12,6 +12,7 @@ from range_server import FAULTS, RangeServer
 
 from comoe.tiers import source as kinds
 from comoe.tiers import sources as several
+from comoe.tiers.http_source import LEAST_PART, MOST_PART, PART_SECONDS, fitting_part
 from comoe.tiers.source import SourceError, Transfer, open_source
 from comoe.tiers.sources import NoSourceError, Sources
 from comoe.tiers.urls import below, is_url, redacted
@@ -69,6 +70,18 @@ EXPECTED = {
     "503": (kinds.Busy, "status 503"),
     "loop": (kinds.BadAnswer, "redirects go round in circles"),
 }
+
+
+def test_parts_grow_with_a_fast_link_and_shrink_with_a_slow_one():
+    fast = [LEAST_PART]
+    for _ in range(10):
+        fast.append(fitting_part(fast[-1], 1e-4))
+    assert fast[1] == 2 * LEAST_PART and fast[-1] == MOST_PART
+    slow = MOST_PART
+    for _ in range(10):
+        slow = fitting_part(slow, 1.0)
+    assert slow == LEAST_PART
+    assert fitting_part(MOST_PART, 2 * PART_SECONDS) == MOST_PART
 
 
 def test_every_fault_is_listed():

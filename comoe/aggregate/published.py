@@ -12,9 +12,7 @@ from comoe.aggregate.errors import AggregateError
 
 
 @contextlib.contextmanager
-def published(
-    folder: Path, op: str, error: type[AggregateError] = AggregateError
-) -> Iterator[Path]:
+def published(folder: Path, op: str, error: type[Exception] = AggregateError) -> Iterator[Path]:
     """A folder to write in, which takes the place of `folder` at the end, or goes away on an error.
 
     The disk's errors become `error`, which names `op`.

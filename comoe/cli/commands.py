@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from comoe.cli import aggregation, planning, remote, serving, tables
+from comoe.cli import aggregation, benchmarks, planning, remote, serving, tables
 from comoe.cli.common import bytes_bar, count_bar, output, quiet_transformers
 from comoe.config import CoMoEConfig, parse_bytes
 from comoe.tiers.urls import is_url, redacted
@@ -81,6 +81,7 @@ def add_to(app: typer.Typer) -> None:
     ):
         app.command("eval" if command is evaluate else command.__name__)(command)
     app.command("serve-experts")(serving.serve_experts)
+    app.add_typer(benchmarks.app)
 
 
 def show_version(wanted: bool) -> None:

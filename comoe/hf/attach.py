@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from comoe.hf import compiled
 from comoe.hf.blocks import MoEBlock
 
 IMPLEMENTATION = "comoe"
@@ -48,9 +49,17 @@ class BoundExperts:
         self.runtime: Runtime | None = runtime
         self.layer_idx = layer_idx
         self.name = name
+        self.handle = compiled.handle_of(self)
         self.instead: Callable[..., torch.Tensor] | None = None  # see `replaced`
 
     def experts_forward(
+        self, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        if torch.compiler.is_compiling():
+            return torch.ops.comoe.experts(hidden, top_k_index, top_k_weights, self.handle)
+        return self.run(hidden, top_k_index, top_k_weights)
+
+    def run(
         self, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
         if self.instead is not None:

@@ -13,9 +13,11 @@ from comoe.config import CoMoEConfig
 from comoe.hf.attach import attach, detach
 from comoe.hf.blocks import MoEBlock
 from comoe.hf.checkpoint import model_class, read_config
+from comoe.hf.compiled import compile_decode
 from comoe.hf.kv_cache import bytes_of, positions
 from comoe.hf.routers import NextGate
 from comoe.hf.sizes import experts_per_token, model_sizes
+from comoe.hf.switch_block import shorten
 from comoe.runtime.budget import Step
 from comoe.runtime.runtime import Runtime
 from comoe.store import Store
@@ -63,9 +65,12 @@ def start_runtime(
         on_close=close,
     )
     attach(blocks, runtime)
+    shorten(model, blocks)
     model.comoe = runtime
     model.register_forward_pre_hook(_begin_step, with_kwargs=True)
     model.register_forward_hook(_end_step, always_call=True)
+    if config.compile:
+        compile_decode(model)
     return runtime
 
 

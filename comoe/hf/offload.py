@@ -11,11 +11,12 @@ from pathlib import Path
 from torch import nn
 
 from comoe import memory
-from comoe.config import CoMoEConfig
+from comoe.config import DENSE_BITS, CoMoEConfig
 from comoe.hf.attach import refuse_saving
 from comoe.hf.blocks import MoEBlock, discover
 from comoe.hf.checkpoint import common_dtype
 from comoe.hf.convert import EXACT_DTYPES, layer_spec, to_arrays
+from comoe.hf.dense import code_dense
 from comoe.hf.load import start_runtime
 from comoe.store import Store, StoreWriter
 
@@ -54,6 +55,8 @@ def offload_model(model: nn.Module, config: CoMoEConfig, folder: Path | None = N
         raise
     for block in blocks:
         block.strip()
+    if config.dense != "source":
+        code_dense(model, blocks, DENSE_BITS[config.dense])
     store = Store.open(folder, verify=config.verify)
     start_runtime(model, blocks, store, config, baseline, on_close=remove or (lambda: None))
     refuse_saving(model, "save the model before comoe.offload")

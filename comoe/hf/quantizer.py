@@ -18,9 +18,10 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from comoe.config import CoMoEConfig
+from comoe.config import DENSE_BITS, CoMoEConfig
 from comoe.hf.attach import refuse_saving, register_experts_function
 from comoe.hf.blocks import MoEBlock, discover
+from comoe.hf.dense import CODED, EncodeOnLoad, replace_dense
 
 METHOD = "comoe"
 STORE_FOLDER = "experts"
@@ -63,6 +64,7 @@ class CoMoEQuantizer(HfQuantizer):
         self._blocks: list[MoEBlock] = []
         self._folder: Path | None = None
         self._baseline = 0
+        self._dense_bits = 0
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         from comoe import memory
@@ -92,13 +94,26 @@ class CoMoEQuantizer(HfQuantizer):
             for module in (parent, *block.module.modules()):
                 if module is parent or next(module.parameters(recurse=False), None) is None:
                     module._is_hf_initialized = True
+        self._dense_bits = DENSE_BITS[self.quantization_config.comoe_config().dense]
+        if self._dense_bits:
+            replace_dense(model, self._blocks, self._dense_bits)
+            # Weights are then read one at a time, and get_quantize_ops is asked for those below.
+            self.pre_quantized = False
         return model
+
+    def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
+        name, _, leaf = param_name.rpartition(".")
+        return leaf == "weight" and isinstance(model.get_submodule(name), CODED)
+
+    def get_quantize_ops(self) -> EncodeOnLoad:
+        return EncodeOnLoad(self._dense_bits)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         from comoe.hf.load import start_runtime
         from comoe.store import Store
         from comoe.tiers.remote_store import current
 
+        self.pre_quantized = True
         folder = self._folder / STORE_FOLDER
         if not folder.is_dir():
             raise FileNotFoundError(

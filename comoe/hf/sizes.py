@@ -64,7 +64,8 @@ def model_sizes(model: nn.Module, experts_per_token: int, expert_intermediate: i
     activations are the residual stream, one attention block or one dense MLP, and the experts' rows.
     """
     config = model.config.get_text_config()
-    element = next((p.element_size() for p in model.parameters()), 4)
+    # Of what is computed in: records of coded layers are integers.
+    element = next((p.element_size() for p in model.parameters() if p.is_floating_point()), 4)
     dense = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
     hidden = _attribute(config, "hidden_size", "d_model", default=1024)
     layers = _attribute(config, "num_hidden_layers", "num_layers", "decoder_layers", default=1)

@@ -31,6 +31,8 @@ SLACK = 0.05  # share of the pool that a demotion gives back beyond what is need
 LOG = 256  # decisions that are kept
 SAME = 0.1  # relative change of speed that no plan is made for
 WORTHWHILE = 0.1  # share of loss or time that another plan for the same memory must save
+HEEDED = math.log(1.5)  # factor of the price of time that another plan is made for
+LEAST_CAUTION = 1e-3
 NOISE = 3.0  # standard deviations of a speed that are noise
 
 
@@ -93,6 +95,7 @@ class Controller:
         self._power: str | None = None
         self._costs: Costs | None = None
         self._use: np.ndarray | None = None
+        self.caution = 1.0  # see Situation
         self._time = time
         self.plan = self._make(memory)
         self._decide("start", None, self.plan)
@@ -156,6 +159,19 @@ class Controller:
         if _alike(plan, self.plan):
             return None
         return self._decide("; ".join([*reasons, *missed]), self.plan, plan)
+
+    def heed(self, caution: float) -> Decision | None:
+        """Of what is really lost: to keep to the goal, time had to be priced `caution` times as the plan says.
+        Another plan, if that is far from it."""
+        if self.plan.loss_limit == 0 or abs(math.log(caution)) < HEEDED:
+            return None
+        before = self.caution
+        self.caution = min(max(before * caution, LEAST_CAUTION), 1.0)
+        plan, _ = self._make_nearest(self.plan.pool_bytes)
+        if _alike(plan, self.plan) and plan.price == self.plan.price:
+            return None
+        word = "more" if self.caution < before else "less"
+        return self._decide(f"{word} is lost than allowed", self.plan, plan)
 
     def follow(self, use: np.ndarray) -> Decision | None:
         """Another plan, if one for the text at hand, which uses experts with probabilities float [X], is
@@ -248,6 +264,7 @@ class Controller:
     def _make(self, pool_bytes: int) -> Plan:
         if hasattr(self.planner, "situation"):
             known = {"goal": self._goal, "costs": self._costs, "use": self._use}
+            known["caution"] = self.caution
             known = {name: value for name, value in known.items() if value is not None}
             self.planner.situation = replace(self.planner.situation, **known)
         pool_bytes = max(pool_bytes // self._grain * self._grain, 1)

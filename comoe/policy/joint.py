@@ -10,7 +10,8 @@ Hierarchical Web caching systems, 2002). So an expert with use p per token
     loses    loss(used)                                                nats per token
 
 and for a given age the choice is one knapsack (solver.py), with the cache's own memory counted in it. The
-age is searched on a short grid for the first plan; later ones keep it.
+age is searched on a short grid for the first plan; later ones keep it. Latency is paid by layers, not by experts;
+what follows from that is in whole_layers.py, and the plan is the best by Costs.token_time, which knows.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from comoe.policy import whole_layers
 from comoe.policy.costs import Costs
 from comoe.policy.goal import Goal
 from comoe.policy.options import SHARED, Options, expert_options
@@ -45,11 +47,14 @@ class GoalError(ValueError):
 @dataclass(frozen=True)
 class Situation:
     """What a plan is made for. use: float [X], probability that a token uses the expert; None: as
-    measured by aggregation.  costs: None: reading is not priced, so nothing may be waited for."""
+    measured by aggregation.  costs: None: reading is not priced, so nothing may be waited for.  caution: share, up to 1, of
+    the price of time at which the plan alone loses all that the goal allows; the rest is for what is given
+    away at misses."""
 
     goal: Goal = field(default_factory=Goal)
     costs: Costs | None = None
     use: np.ndarray | None = None
+    caution: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,9 @@ class _Answer:
     solution: Solution
     age_step: int  # of AGES; -1: nothing is read
     price: float
+    whole: np.ndarray | None = (
+        None  # bool [layers], held whole; None: every expert pays a latency of its own
+    )
 
 
 class JointPlanner:
@@ -72,6 +80,7 @@ class JointPlanner:
         self._finer: np.ndarray | None = None
         self._multipliers: dict[str, np.ndarray] = {}
         self._age: int | None = None  # of AGES
+        self._whole: tuple[object, np.ndarray | None] | None = None  # what for, and its last answer
 
     def least(self, sizes: Sizes, *, exact: bool) -> np.ndarray:
         """uint8 [X]: the coarsest levels that `plan` may choose."""
@@ -151,22 +160,29 @@ class JointPlanner:
         limit = goal.loss if by_time else goal.latency - costs.dense
         why: list[InfeasibleError] = []
 
-        def at(step: int) -> _Answer | None:
-            table = _Table(options, costs, scale, self._live_use(), AGES[step])
+        def at(step: int, whole: np.ndarray | None = None) -> _Answer | None:
+            table = self._table(sizes, options, scale, step, whole)
+            spent = 0.0 if by_time or whole is None else (~whole).sum() * costs.latency
             try:
-                problem = table.problem(objective, {"memory": room, second: limit})
+                problem = table.problem(objective, {"memory": room, second: limit - spent})
                 solution = self._solve(objective, problem)
             except InfeasibleError as error:
-                why.append(error)
+                if whole is None:
+                    why.append(error)
                 return None
             multiplier = float(solution.multipliers[1])
             price = 1.0 / max(multiplier, SECONDS_PER_NAT) if by_time else multiplier
-            return _Answer(solution, step, price)
+            return _Answer(solution, step, price, whole)
 
         best = self._best_age(at)
         if best is None:
             raise self._goal_error(sizes, options, min(why, key=_distance), pool_bytes)
         self._age = best.age_step
+        if costs.latency > 0:
+            best = self._best_whole(sizes, options, scale, pool_bytes, best, at)
+        if by_time and self.situation.caution < 1.0:
+            price = self.situation.caution * best.price
+            best = self._at_price(sizes, options, scale, room, best, price)
         if not by_time and goal.loss is not None and best.solution.loss > goal.loss:
             nearest = self._plan_of(sizes, options, best, pool_bytes)
             raise GoalError(
@@ -176,6 +192,81 @@ class JointPlanner:
                 nearest,
             )
         return best
+
+    def _best_whole(
+        self,
+        sizes: Sizes,
+        options: Options,
+        scale: np.ndarray,
+        pool_bytes: int,
+        first: _Answer,
+        at: Callable[[int, np.ndarray | None], _Answer | None],
+    ) -> _Answer:
+        """The best of `first`, in which no layer is held whole on purpose, and of those with some that are; for
+        the same goal and memory the last ones again."""
+        wanted = (self.situation.goal, pool_bytes)
+        if self._whole is not None and self._whole[0] == wanted:
+            again = first if self._whole[1] is None else at(first.age_step, self._whole[1])
+            if again is not None:
+                return again
+        best, least = first, self._true_objective(sizes, options, first)
+        order, low, high = self._dearer(sizes, options, scale, first)[0], 0, len(sizes.num_experts)
+        for _ in range(whole_layers.TRIED):
+            number = (low + high + 1) // 2
+            whole = np.zeros(len(order), bool)
+            whole[order[:number]] = True
+            answer = at(first.age_step, whole)
+            more = False
+            if answer is not None:
+                found = self._true_objective(sizes, options, answer)
+                if found < least:
+                    best, least = answer, found
+                # Whether at these prices the next layer would be cheaper whole, or the last one was not.
+                more = whole_layers.next_pays(number, *self._dearer(sizes, options, scale, answer))
+            low, high = (number, high) if more else (low, number - 1)
+            if low >= high:
+                break
+        self._whole = (wanted, best.whole)
+        return best
+
+    def _dearer(
+        self, sizes: Sizes, options: Options, scale: np.ndarray, answer: _Answer
+    ) -> tuple[np.ndarray, np.ndarray, float]:
+        """(layers, those that cost least to hold whole first; what each costs more then, latency left out; what a
+        latency costs), at the prices of memory, time and loss of `answer`, in units of the objective."""
+        none = np.zeros(len(sizes.num_experts), bool)
+        table = self._table(sizes, options, scale, answer.age_step, none)
+        memory, second = answer.solution.multipliers
+        by_time = self.situation.goal.latency is None
+        names = ("seconds", "loss") if by_time else ("loss", "seconds")
+        value = table.values[names[0]] + second * table.values[names[1]]
+        value = np.where(np.isfinite(options.loss), value + memory * table.values["memory"], np.inf)
+        layer = np.repeat(np.arange(len(none)), sizes.num_experts)
+        latency = self.situation.costs.latency * (1.0 if by_time else second)
+        return *whole_layers.dearer(value, options.missing, layer), latency
+
+    def _true_objective(self, sizes: Sizes, options: Options, answer: _Answer) -> float:
+        """Seconds per token, or nats where the goal is a latency."""
+        if self.situation.goal.latency is not None:
+            return answer.solution.loss
+        rows, choice = np.arange(len(options.used)), answer.solution.choice
+        used, missing = options.used[rows, choice], options.missing[rows, choice]
+        return self._seconds(sizes, used.astype(np.uint8), missing, answer.age_step)
+
+    def _at_price(
+        self,
+        sizes: Sizes,
+        options: Options,
+        scale: np.ndarray,
+        room: float,
+        answer: _Answer,
+        price: float,
+    ) -> _Answer:
+        """Least loss + price * time, with the cache and the whole layers of `answer`."""
+        table = self._table(sizes, options, scale, answer.age_step, answer.whole)
+        table.values["both"] = table.values["loss"] + price * table.values["seconds"]
+        solution = self._solve("both", table.problem("both", {"memory": room}))
+        return replace(answer, solution=solution, price=price)
 
     def _goal_error(
         self, sizes: Sizes, options: Options, why: InfeasibleError, pool_bytes: int
@@ -222,6 +313,24 @@ class JointPlanner:
 
     # ---- parts --------------------------------------------------------------------------------
 
+    def _table(
+        self,
+        sizes: Sizes,
+        options: Options,
+        scale: np.ndarray,
+        age_step: int,
+        whole: np.ndarray | None,
+    ) -> _Table:
+        costs, use = self.situation.costs, self._live_use()
+        if whole is not None:
+            costs = replace(costs, latency=0.0)
+        table = _Table(options, costs, scale, use, AGES[age_step])
+        if whole is not None:
+            forbidden = np.repeat(whole, sizes.num_experts)[:, None] & (options.missing > 0)
+            for name in ("seconds", "loss"):
+                table.values[name] = np.where(forbidden, np.inf, table.values[name])
+        return table
+
     def _solve(self, name: str, problem: Problem) -> Solution:
         start = self._multipliers.get(name)
         solution = solve(problem, start)
@@ -251,6 +360,7 @@ class JointPlanner:
         rows = np.arange(len(options.held))
         choice = answer.solution.choice
         held, used = options.held[rows, choice], options.used[rows, choice].astype(np.uint8)
+        goal = self.situation.goal
         base = sizes.chosen(held)
         with_base = held == SHARED
         if with_base.any():
@@ -268,6 +378,8 @@ class JointPlanner:
             price=answer.price,
             loss=float(loss),
             seconds=seconds,
+            loss_limit=goal.loss if goal.loss is not None and goal.latency is None else 0.0,
+            caution=self.situation.caution,
         )
 
     def _seconds(

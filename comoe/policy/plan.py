@@ -154,6 +154,8 @@ class Plan:
     pool_bytes: of the pool; spare: those that upgrades above min_level, or a cache of experts, may use.
     price: nats that a second of waiting is worth; inf: nothing is worth waiting for (see misses.LeastCost).
     loss: nats per token, seconds: per token, expected at min_level, if they are known.
+    loss_limit: nats per token that may be lost in all, at misses too; 0: as many as it takes.  caution: as of
+        the Situation that it was made for.
     """
 
     levels: Levels
@@ -166,6 +168,8 @@ class Plan:
     price: float = 0.0
     loss: float | None = None
     seconds: float | None = None
+    loss_limit: float = 0.0
+    caution: float = 1.0
 
     @cached_property
     def resident(self) -> bool:

@@ -29,9 +29,11 @@ class InputProfile:
         *,
         half_life: float = HALF_LIFE,
         prior_tokens: float = PRIOR_TOKENS,
+        square: float = 1.0,
     ):
         """num_experts: of each layer.  stored: float [D, X] or [X], uses per token; None: nothing is
-        known, all alike.  squares: float [X], gate weight squared per use; None: not known."""
+        known, all alike.  squares: float [X], gate weight squared per use; None: not known.
+        square: of all, where neither is known and nothing was seen."""
         counts = np.asarray(num_experts, np.int64)
         self._first = np.concatenate([[0], np.cumsum(counts)])
         total = int(self._first[-1])
@@ -52,7 +54,7 @@ class InputProfile:
         )
         self._squares = None if squares is None else np.asarray(squares, np.float64)
         self.decay = 0.5 ** (1.0 / half_life)  # per token
-        self._prior_tokens = prior_tokens
+        self._prior_tokens, self._square = prior_tokens, square
         self._seen = np.zeros(total)
         self._seen_squares = np.zeros(total)
         self._tokens = np.zeros(len(counts))
@@ -96,8 +98,8 @@ class InputProfile:
         return bool(self._tokens.any())
 
     def mean_square(self) -> np.ndarray:
-        """float [X]: mean square of an expert's gate weight when it is used; 1 before anything was seen."""
+        """float [X]: mean square of an expert's gate weight when it is used."""
         uses = self._seen.sum()
-        mean = self._seen_squares.sum() / uses if uses > 0 else 1.0
+        mean = self._seen_squares.sum() / uses if uses > 0 else self._square
         prior = np.full(len(self._seen), mean) if self._squares is None else self._squares
         return (self._seen_squares + PRIOR_USES * prior) / (self._seen + PRIOR_USES)

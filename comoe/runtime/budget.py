@@ -25,6 +25,11 @@ def tolerance(memory: int) -> int:
     return max(int(TOLERANCE_SHARE * memory), TOLERANCE_BYTES)
 
 
+def memory_within(available: int) -> int:
+    """The largest `memory` that keeps its promise, tolerance included, in `available` bytes."""
+    return max(available - tolerance(available), 1)
+
+
 @dataclass(frozen=True)
 class Step:
     """One forward pass: `tokens` new positions of each of `batch` sequences, after `past` that are in

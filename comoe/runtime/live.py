@@ -12,6 +12,7 @@ import numpy as np
 
 from comoe import _C
 from comoe.policy.costs import Costs
+from comoe.policy.increments import nothing_loss
 from comoe.policy.misses import LeastCost, MissRule
 from comoe.policy.monitor import Monitor
 from comoe.policy.plan import Plan, Sizes
@@ -44,11 +45,18 @@ class Live:
     """Of one runtime. Steps of one token per sequence teach it; longer ones are another kind of work."""
 
     def __init__(
-        self, sizes: Sizes, specs: Sequence[ExpertsSpec], dense_bytes: int, pool_bytes: int
+        self,
+        sizes: Sizes,
+        specs: Sequence[ExpertsSpec],
+        dense_bytes: int,
+        pool_bytes: int,
+        experts_per_token: int,
     ):
         """dense_bytes: read by every token.  pool_bytes: that experts may take, but do not yet."""
         self.monitor = Monitor(prior={TIER: FIRST_LINK})
-        self.profile = InputProfile([spec.num_experts for spec in specs])
+        # Until routing was seen: a token's gate weights add up to one, and are alike.
+        square = 1.0 / experts_per_token**2
+        self.profile = InputProfile([spec.num_experts for spec in specs], square=square)
         self._sizes, self._layers = sizes, len(specs)
         self._dense_bytes, self._pool_bytes = dense_bytes, pool_bytes
         self.network: Callable[[], Link] | None = (
@@ -115,6 +123,17 @@ class Live:
             return None
         return self.least_cost(plan, loss, use, price=plan.price)
 
+    def losses(self, loss: np.ndarray, use: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(nats of a use at each level per squared gate weight, float [X, L], inf: no such level; nats of a use
+        that is left out, [X]), with the gate weights that were seen; arguments as of `rule`."""
+        per_square = 1.0 / self._weight(use)
+        at_levels = np.where(np.isfinite(loss), loss * per_square[:, None], np.inf)
+        return at_levels.astype(np.float64), nothing_loss(loss) * per_square
+
+    def _weight(self, use: np.ndarray) -> np.ndarray:
+        """float64 [X]: gate weight squared per token, at the uses for which losses hold."""
+        return np.maximum(use, LEAST_USE).astype(np.float64) * self.profile.mean_square()
+
     def least_cost(
         self, plan: Plan, loss: np.ndarray, use: np.ndarray, *, price: float, **more: Any
     ) -> LeastCost:
@@ -122,7 +141,7 @@ class Live:
         costs = self.costs()
         return LeastCost(
             loss,
-            np.maximum(use, LEAST_USE) * self.profile.mean_square(),
+            self._weight(use),
             self._sizes.bytes_at,
             self._sizes.step_bytes,
             price=price,

@@ -109,6 +109,12 @@ class Placement:
     def know_text(self) -> None:
         self.parts.live.profile.know(*self.parts.policy.profile())
 
+    def know_losses(self) -> None:
+        """What uses lose, by the gate weights of the text at hand."""
+        self.know_text()
+        tables = self.parts.live.losses(self.planner.loss, self.planner.use)
+        self.parts.policy.set_losses(*tables)
+
     def set_rule(self) -> None:
         """What the plan in force says about misses, unless somebody else's rule decides."""
         rule = None
@@ -121,6 +127,9 @@ class Placement:
             else:
                 self.network_rule = parts.network.new_rule(parts.live, *tables)
         parts.policy.set_plan(not self.plan.resident, rule and native_rule(rule), self.follows)
+        if self.follows:
+            self.know_losses()
+        parts.policy.set_loss_limit(self.plan.loss_limit, 1.0 / self.plan.caution)
 
     def has(self, records: np.ndarray) -> bool:
         """Whether all records where bool [ids] is true are resident."""

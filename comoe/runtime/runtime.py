@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from comoe import _C, memory
-from comoe.config import CoMoEConfig, format_bytes, parse_bytes
+from comoe.config import DENSE_BITS, CoMoEConfig, format_bytes, parse_bytes
 from comoe.policy.assumed import assumed_losses
 from comoe.policy.cache import CachePolicy
 from comoe.policy.controller import Controller, Decision
@@ -24,7 +24,7 @@ from comoe.policy.predictor import NoPredictor, Predictor
 from comoe.policy.prefetch_gauge import TimedGauge
 from comoe.policy.snapshot import Snapshot
 from comoe.policy.upgrades import RecentUse, UpgradePolicy
-from comoe.runtime.budget import LONG_STEP, Budget, ModelSizes, Step
+from comoe.runtime.budget import LONG_STEP, Budget, ModelSizes, Step, memory_within
 from comoe.runtime.compute import Compute
 from comoe.runtime.elsewhere import ExpertsElsewhere
 from comoe.runtime.engine import (
@@ -143,7 +143,7 @@ class Runtime:
         largest = self.store_sizes.largest(least)
         in_full = self.store_sizes.total(store.levels.exact)
         floor = pool_floor(largest, in_full, store.page_bytes)
-        total = memory.available() if config.memory is None else config.memory
+        total = config.memory or memory_within(memory.available())
         fixed = SCRATCH_BYTES + RECORD_BYTES * sum(layer.records.size for layer in store.layers)
         fixed += fetch_bytes(table.nbytes) if remote is not None else 0
         self.budget = Budget(total, baseline, sizes, floor, fixed)
@@ -151,7 +151,9 @@ class Runtime:
         self._slab_bytes = slab_bytes(
             min(planned, in_full + floor), largest, floor, store.page_bytes
         )
-        self.live = Live(self.store_sizes, specs, sizes.dense, self._budget_pool())
+        self.live = Live(
+            self.store_sizes, specs, sizes.dense, self._budget_pool(), experts_per_token
+        )
         if remote is not None:
             self.live.network = lambda: best_link(remote.sources.links)
         self.controller = self._controller()
@@ -415,8 +417,11 @@ class Runtime:
             decision = self.controller.observe(snapshot, self.engine.stats()["mapped_bytes"])
         if self.network is not None:
             decision = self._watch_path(snapshot) or decision
-        if self.placement.follows and self._step % FOLLOW_EVERY == 0 and self._step:
-            decision = self._follow_text() or decision
+        if self.placement.follows and self._step:
+            if self._step % FOLLOW_EVERY == 0:
+                decision = self._follow_text() or decision
+            elif self._step < FOLLOW_EVERY and self._step & (self._step - 1) == 0:
+                self.placement.know_losses()  # gate weights are not known before the first pass
         if decision is not None:
             lent = decision.before is not None and self.plan.pool_bytes < decision.before.pool_bytes
             most = self.plan.pool_bytes if lent else decision.after.pool_bytes
@@ -435,8 +440,9 @@ class Runtime:
         begin = time.perf_counter()
         if begin < self._follow_at:
             return None
-        self.placement.know_text()
+        self.placement.know_losses()
         decision = self.controller.follow(self.live.profile.use())
+        decision = self.controller.heed(self._policy.account()["caution"]) or decision
         end = time.perf_counter()
         self._follow_at = end + (end - begin) / PLANNING_SHARE
         return decision
@@ -482,8 +488,10 @@ class Runtime:
         """What was decided, in one line."""
         stats = self.store_sizes
         held = min(self.plan.pool_bytes, stats.total(self.plan.want_level))
+        bits = DENSE_BITS[self.config.dense]
         return (
-            f"memory {format_bytes(self.budget.memory)}: dense {format_bytes(self.budget.sizes.dense)}, "
+            f"memory {format_bytes(self.budget.memory)}: dense {format_bytes(self.budget.sizes.dense)}"
+            f"{f' in {bits} bits' if bits else ''}, "
             f"experts {format_bytes(held)} of {format_bytes(stats.total(self.store.levels.exact))}; {self.plan.describe()}; "
             f"store in {self.store.folder if self.remote is None else self.remote.describe()}"
         )
@@ -515,6 +523,8 @@ class Runtime:
             }
             | {"replaced": policy["replaced"]}
             | {"sent": self.missing.sent},
+            # Nats per token, as calibration expects of what was really used.
+            "loss": {"planned": self.plan.loss, **self._policy.account()},
             "plan": self.plan.describe(),
             "engine": engine,
         } | {

@@ -34,7 +34,10 @@ from comoe.tiers.urls import below, redacted
 
 KEEP_SECONDS = 45.0  # servers close what is idle after 60 or more
 MOST_REDIRECTS = 5
-PART = 256 << 10  # bytes between two looks at whether the transfer is still wanted
+# Bytes between two looks at whether the transfer is still wanted: more where they come within PART_SECONDS. From a server
+# on the same machine parts of 256 KiB brought 1.6 GB/s, of 1 MiB 2.6.
+LEAST_PART, MOST_PART = 256 << 10, 1 << 20
+PART_SECONDS = 0.002
 PLAIN_HEADERS = {"User-Agent": "comoe", "Accept-Encoding": "identity"}
 REDIRECTS = (301, 302, 303, 307, 308)
 
@@ -73,6 +76,7 @@ class HttpSource:
         self._locations: dict[str, str] = {}  # where redirects led
         self._etags: dict[str, str] = {}
         self._closed = False
+        self._part = LEAST_PART
 
     # ---- what a source does ---------------------------------------------------------------------
 
@@ -96,11 +100,14 @@ class HttpSource:
             transfer.begin_body()
             at = 0
             while at < len(view):
-                count = response.readinto(view[at : at + PART])
+                begin, asked = time.monotonic(), self._part
+                count = response.readinto(view[at : at + asked])
                 if not count:
                     raise BadAnswer(f"{where}: the answer ends after {at:,} of {len(view):,} bytes")
                 at += count
                 transfer.progress(count)
+                if count == asked:
+                    self._part = fitting_part(asked, time.monotonic() - begin)
             if response.length is None and response.read(1):
                 raise BadAnswer(f"{where}: more than {len(view):,} bytes came")
             self._keep(connection, response, transfer)
@@ -121,7 +128,7 @@ class HttpSource:
                 raise BadAnswer(f"{where}: {expected:,} bytes, more than the {most:,} it may have")
             transfer.begin_body()
             parts, total = [], 0
-            while part := response.read(min(PART, most + 1 - total)):
+            while part := response.read(min(LEAST_PART, most + 1 - total)):
                 parts.append(part)
                 total += len(part)
                 transfer.progress(len(part))
@@ -305,6 +312,13 @@ class HttpSource:
             reason = getattr(error, "strerror", None) or type(error).__name__
             return Unreachable(f"{where}: {reason}")
         return error
+
+
+def fitting_part(part: int, seconds: float) -> int:
+    """Bytes to ask for after `part` bytes took `seconds`."""
+    if seconds < PART_SECONDS:
+        return min(2 * part, MOST_PART)
+    return max(part // 2, LEAST_PART) if seconds > 4 * PART_SECONDS else part
 
 
 def _origin(url: str) -> tuple[str, str, int]:

@@ -229,6 +229,31 @@ void bind_policy(py::module_& m) {
           "reads: records are read while computing.  rule: about what is missing, None: wait.  "
           "follows: routing is noted.")
       .def(
+          "set_losses",
+          [](MoePolicy& policy, const Table<double>& per_square, const Table<double>& nothing) {
+            policy.set_losses(values_of(per_square), values_of(nothing));
+          },
+          py::arg("per_square"), py::arg("nothing"),
+          "What the rule and the account go by: nats of a use per squared gate weight, float [X, "
+          "L], "
+          "inf: no such level; of a use that is left out, [X].")
+      .def("set_loss_limit", &MoePolicy::set_loss_limit, py::arg("limit"), py::arg("most"),
+           "Nats per token that may be lost, 0: no limit; time is priced at most `most` times as "
+           "the "
+           "rule says.")
+      .def(
+          "account",
+          [](const MoePolicy& policy) {
+            const LossAccount::Figures account = policy.account();
+            py::dict out;
+            out["taken"] = account.taken;
+            out["caution"] = account.caution;
+            out["passes"] = account.passes;
+            return out;
+          },
+          "taken: nats per token, fading.  caution: what time is worth now over the rule's price.  "
+          "passes: counted.")
+      .def(
           "set_bits",
           [](MoePolicy& policy, int layer_idx, const Table<double>& bits) {
             policy.set_bits(layer_idx, values_of(bits));

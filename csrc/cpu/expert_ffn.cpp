@@ -677,6 +677,8 @@ struct Scratch {
 
 }  // namespace
 
+const Kernels& kernels_in_use() { return *current_kernels().load(); }
+
 const char* isa_name() { return current_kernels().load()->name; }
 
 std::vector<const char*> isa_names() {

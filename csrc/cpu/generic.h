@@ -640,5 +640,70 @@ inline void project(const void* W, DType dtype, int64_t rows, int64_t cols, cons
   }
 }
 
+// ---- attention of one token ---------------------------------------------------------------------
+
+template <class Load>
+inline void attend_head(const AttendArgs& a, int64_t b, int64_t g, const int32_t* seen, int64_t n,
+                        float* scratch, Load&& load_at) {
+  const int64_t group = a.heads / a.kv_heads, D = a.head_dim;
+  const int64_t q_at = b * a.strides[0] + g * group * a.strides[1];
+  const int64_t k_at = b * a.strides[2] + g * a.strides[3];
+  const int64_t v_at = b * a.strides[5] + g * a.strides[6];
+  float* q = scratch;            // [group, D]
+  float* out = q + group * D;    // [group, D]
+  float* row = out + group * D;  // [D]
+  float* weights = row + D;      // [n, group]
+  for (int64_t i = 0; i < group * D; ++i) out[i] = 0.0f;
+  for (int64_t h = 0; h < group; ++h)
+    for (int64_t d = 0; d < D; ++d)
+      q[h * D + d] = a.scale * load_at(a.q, q_at + h * a.strides[1] + d);
+  for (int64_t i = 0; i < n; ++i) {
+    const int64_t at = k_at + seen[i] * a.strides[4];
+    for (int64_t d = 0; d < D; ++d) row[d] = load_at(a.k, at + d);
+    project_rows([q](int64_t j) { return q[j]; }, group, D, row, weights + i * group);
+  }
+  for (int64_t h = 0; h < group; ++h) {
+    float most = -3.0e38f, sum = 0.0f;
+    for (int64_t i = 0; i < n; ++i) {
+      const float weight = weights[i * group + h];
+      most = weight > most ? weight : most;
+    }
+    for (int64_t i = 0; i < n; ++i) {
+      float& weight = weights[i * group + h];
+      weight = exp_poly(weight - most);
+      sum += weight;
+    }
+    for (int64_t i = 0; i < n; ++i) weights[i * group + h] /= sum;
+  }
+  for (int64_t i = 0; i < n; ++i) {
+    const int64_t at = v_at + seen[i] * a.strides[7];
+    for (int64_t d = 0; d < D; ++d) row[d] = load_at(a.v, at + d);
+    for (int64_t h = 0; h < group; ++h) {
+      const float weight = weights[i * group + h];
+      for (int64_t d = 0; d < D; ++d) out[h * D + d] += weight * row[d];
+    }
+  }
+  store(out, group * D, element_at(a.out, a.dtype, (b * a.heads + g * group) * D), a.dtype);
+}
+
+inline void attend(const AttendArgs& args, int64_t batch, int64_t kv_head, const int32_t* seen,
+                   int64_t num_seen, float* scratch) {
+  switch (args.dtype) {
+    case DType::fp32:
+      return attend_head(args, batch, kv_head, seen, num_seen, scratch,
+                         [](const void* p, int64_t i) { return static_cast<const float*>(p)[i]; });
+    case DType::bf16:
+      return attend_head(args, batch, kv_head, seen, num_seen, scratch,
+                         [](const void* p, int64_t i) {
+                           return bf16_to_float(static_cast<const uint16_t*>(p)[i]);
+                         });
+    case DType::fp16:
+      return attend_head(args, batch, kv_head, seen, num_seen, scratch,
+                         [](const void* p, int64_t i) {
+                           return fp16_to_float(static_cast<const uint16_t*>(p)[i]);
+                         });
+  }
+}
+
 }  // namespace
 }  // namespace comoe

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "attend.h"
 #include "expert_ffn.h"
 
 namespace comoe {
@@ -113,12 +114,18 @@ struct Kernels {
   // out[r] = W[r, :] @ x, W [rows, cols] of dtype, contiguous; x fp32.
   void (*project)(const void* W, DType dtype, int64_t rows, int64_t cols, const float* x,
                   float* out);
+  // The query heads of one KV head of one sequence.  seen: [num_seen] positions that count.
+  // scratch: (2 * group + 1) * head_dim + num_seen * group floats, group = heads / kv_heads.
+  void (*attend)(const AttendArgs& args, int64_t batch, int64_t kv_head, const int32_t* seen,
+                 int64_t num_seen, float* scratch);
 };
 
 extern const Kernels kPortableKernels;
 #if defined(__x86_64__)
 extern const Kernels kAvx2Kernels, kAvx512Kernels, kVnniKernels;
 #endif
+
+const Kernels& kernels_in_use();  // see force_isa
 
 inline int num_planes(Level level) {
   return level == Level::exact ? 1 : static_cast<int>(level) + 1;

@@ -62,7 +62,7 @@ struct Avx2 {
 
 }  // namespace
 
-const Kernels kAvx2Kernels = {"avx2",        false,    multiply_madd<Avx2>,    load,   store,
-                              prepare_words, activate, unpack_tile_madd<Avx2>, project};
+const Kernels kAvx2Kernels = {"avx2",        false,    multiply_madd<Avx2>,    load,    store,
+                              prepare_words, activate, unpack_tile_madd<Avx2>, project, attend};
 
 }  // namespace comoe

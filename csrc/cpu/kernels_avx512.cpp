@@ -65,7 +65,7 @@ struct Avx512 {
 
 }  // namespace
 
-const Kernels kAvx512Kernels = {"avx512",      false,    multiply_madd<Avx512>,    load,   store,
-                                prepare_words, activate, unpack_tile_madd<Avx512>, project};
+const Kernels kAvx512Kernels = {"avx512",      false,    multiply_madd<Avx512>,    load,    store,
+                                prepare_words, activate, unpack_tile_madd<Avx512>, project, attend};
 
 }  // namespace comoe

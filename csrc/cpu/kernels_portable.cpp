@@ -2,7 +2,7 @@
 
 namespace comoe {
 
-const Kernels kPortableKernels = {"portable",    false,    multiply,    load,   store,
-                                  prepare_group, activate, unpack_tile, project};
+const Kernels kPortableKernels = {"portable",    false,    multiply,    load,    store,
+                                  prepare_group, activate, unpack_tile, project, attend};
 
 }  // namespace comoe

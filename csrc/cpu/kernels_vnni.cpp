@@ -822,7 +822,7 @@ void unpack_tile_vnni(const RunArgs& args, int64_t num_rows, int64_t cols, void*
 
 }  // namespace
 
-const Kernels kVnniKernels = {"avx512_vnni_bf16", true,          multiply_vnni,    load,   store,
-                              prepare_group_vnni, activate_vnni, unpack_tile_vnni, project};
+const Kernels kVnniKernels = {"avx512_vnni_bf16", true,          multiply_vnni,    load,    store,
+                              prepare_group_vnni, activate_vnni, unpack_tile_vnni, project, attend};
 
 }  // namespace comoe

@@ -14,13 +14,14 @@ namespace {
 
 // How long an idle thread spins before it sleeps. A wake-up costs 5 to 50 us, so the gap between
 // the phases of one call is worth spinning through; longer spinning would steal the core from
-// torch.
-constexpr auto kSpin = std::chrono::microseconds(20);
+// torch, unless torch is known to use one thread.
+std::atomic<int64_t> spin_microseconds{Parallel::kSpinMicroseconds};
 
-// Spins for kSpin; true as soon as `ready()`.
+// Spins for spin_microseconds; true as soon as `ready()`.
 template <class Ready>
 bool spin_until(Ready&& ready) {
-  const auto end = std::chrono::steady_clock::now() + kSpin;
+  const auto end = std::chrono::steady_clock::now() +
+                   std::chrono::microseconds(spin_microseconds.load(std::memory_order_relaxed));
   for (;;) {
     for (int i = 0; i < 32; ++i) {
       if (ready()) return true;
@@ -155,6 +156,11 @@ int Parallel::num_threads() const { return state().num_threads.load(std::memory_
 
 void Parallel::use_gomp(void* gomp_parallel) {
   state().gomp = reinterpret_cast<GompParallel>(gomp_parallel);
+}
+
+void Parallel::set_spin(int64_t microseconds) {
+  if (microseconds < 0) throw std::invalid_argument("set_spin: microseconds must be at least 0");
+  spin_microseconds = microseconds;
 }
 
 void Parallel::run(Body body, void* context) {

@@ -28,6 +28,9 @@ class Parallel {
   // `gomp_parallel`: address of libgomp's GOMP_parallel(fn, data, num_threads, flags), or null to
   // go back to the pool of our own.
   void use_gomp(void* gomp_parallel);
+  // How long an idle thread spins before it sleeps.
+  static constexpr int64_t kSpinMicroseconds = 20;
+  void set_spin(int64_t microseconds);
 
   // Runs body(context, thread, n) once per thread and returns when all have ended.
   void run(Body body, void* context);

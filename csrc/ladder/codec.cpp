@@ -576,13 +576,15 @@ void encode_expert(const ExpertGeometry& g, const ExpertSource& source,
   clear(payloads[4], g.exact_scales_offset(g.num_matrices()), g.blocks_offset(4, 0));
 }
 
-void encode_coded(const CodedLayout& layout, const float* const* sources,
-                  const float* const* biases, int num_planes, uint8_t* payload) {
+namespace {
+
+void encode_record(const CodedLayout& layout, const void* const* sources, DType dtype,
+                   const float* const* biases, int num_planes, uint8_t* payload) {
   std::memset(payload, 0, layout.plane_offset(0, 0, 0));
   std::vector<Matrix> matrices;
   std::vector<Destination> to;
   for (int m = 0; m < layout.count; ++m) {
-    matrices.push_back(matrix_of(sources[m], layout.matrices[m], ExactType::fp32));
+    matrices.push_back(matrix_of(sources[m], layout.matrices[m], static_cast<ExactType>(dtype)));
     Destination d{};
     d.params = payload + layout.params_offset(m);
     for (int p = 0; p < num_planes; ++p) d.planes[p] = payload + layout.plane_offset(0, p, m);
@@ -601,6 +603,23 @@ void encode_coded(const CodedLayout& layout, const float* const* sources,
     const int64_t end = layout.plane_offset(0, p - 1, layout.count);
     std::memset(payload + end, 0, layout.plane_offset(0, p, 0) - end);
   }
+}
+
+}  // namespace
+
+void encode_coded(const CodedLayout& layout, const float* const* sources,
+                  const float* const* biases, int num_planes, uint8_t* payload) {
+  const void* untyped[kMaxCodedMatrices] = {};
+  std::copy_n(sources, layout.count, untyped);
+  encode_record(layout, untyped, DType::fp32, biases, num_planes, payload);
+}
+
+void encode_coded_matrix(const MatrixGeometry& shape, const void* source, DType dtype,
+                         int num_planes, uint8_t* payload) {
+  CodedLayout layout;
+  layout.count = 1;
+  layout.matrices[0] = shape;
+  encode_record(layout, &source, dtype, nullptr, num_planes, payload);
 }
 
 }  // namespace comoe

@@ -31,4 +31,9 @@ void encode_expert(const ExpertGeometry& geometry, const ExpertSource& source,
 void encode_coded(const CodedLayout& layout, const float* const* sources,
                   const float* const* biases, int num_planes, uint8_t* payload);
 
+// As encode_coded, of one matrix without bias whose elements are of `dtype`: no copy in fp32 is
+// made.
+void encode_coded_matrix(const MatrixGeometry& shape, const void* source, DType dtype,
+                         int num_planes, uint8_t* payload);
+
 }  // namespace comoe

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <vector>
 
 namespace comoe {
@@ -23,12 +24,15 @@ class LeastCost {
             std::vector<double> steps, double price, double bandwidth, double latency);
 
   int levels() const { return levels_; }
-  int64_t experts() const { return static_cast<int64_t>(loss_.size()) / levels_; }
-  void decide(std::vector<MissingExpert>& experts) const;
+  int64_t experts() const { return static_cast<int64_t>(loss_->size()) / levels_; }
+  // The same with other losses per squared gate weight, [X, L].
+  LeastCost with_loss(std::vector<double> loss) const;
+  // caution: time is worth that many times the rule's price.
+  void decide(std::vector<MissingExpert>& experts, double caution = 1) const;
 
  private:
   int levels_;
-  std::vector<double> loss_, bytes_, steps_;
+  std::shared_ptr<const std::vector<double>> loss_, bytes_, steps_;  // copies share them
   double seconds_price_, wait_price_;  // of a byte, and of waiting at all
 };
 

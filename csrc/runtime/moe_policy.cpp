@@ -29,6 +29,7 @@ MoePolicy::MoePolicy(Engine& engine, MoeOp& op, std::unique_ptr<CacheValues> cac
       cache_(std::move(cache)),
       first_(experts_before(op)),
       profile_(first_, profile_decay),
+      account_(first_, op.num_levels()),
       bits_(op.num_layers()),
       used_(first_.back(), 0),
       predicted_(op.num_layers()) {}
@@ -42,6 +43,17 @@ void MoePolicy::set_plan(bool reads, std::unique_ptr<const LeastCost> rule, bool
   reads_ = reads;
   rule_ = std::move(rule);
   follows_ = follows;
+}
+
+void MoePolicy::set_losses(std::vector<double> per_square, std::vector<double> nothing) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (rule_) rule_ = std::make_shared<const LeastCost>(rule_->with_loss(per_square));
+  account_.set_losses(std::move(per_square), std::move(nothing));
+}
+
+void MoePolicy::set_loss_limit(double limit, double most) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  account_.set_limit(limit, most);
 }
 
 void MoePolicy::set_tolerance(double tolerance) {
@@ -58,15 +70,29 @@ void MoePolicy::set_bits(int layer, std::vector<double> bits) {
 }
 
 void MoePolicy::note_routing(int layer, const MoeInput& in) {
-  std::lock_guard<std::mutex> lock(mutex_);
-  if (follows_) profile_.note(layer, in.expert_idx, in.weights, in.T, in.K);
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (follows_) profile_.note(layer, in.expert_idx, in.weights, in.T, in.K);
+  }
+  ask(layer, in);
+}
+
+void MoePolicy::ask(int layer, const MoeInput& in) {
+  asked_.assign(count(layer), 0);
+  asked_tokens_ = in.T;
+  for (int64_t p = 0; p < in.T * in.K; ++p) {
+    const int64_t e = in.expert_idx[p];
+    if (e >= 0 && e < count(layer)) asked_[e] += static_cast<double>(in.weights[p]) * in.weights[p];
+  }
 }
 
 std::unique_ptr<Decided> MoePolicy::decide(int layer_idx, const MoeInput& in) {
   std::shared_ptr<const LeastCost> rule;
+  double caution;
   {
     std::lock_guard<std::mutex> lock(mutex_);
     rule = rule_;
+    caution = account_.figures().caution;
   }
   const int64_t num_experts = count(layer_idx), num_pairs = in.T * in.K;
   if (!rule) return nullptr;
@@ -95,7 +121,7 @@ std::unique_ptr<Decided> MoePolicy::decide(int layer_idx, const MoeInput& in) {
     missing = missing || resident[i] < chosen[i].low;
   }
   if (!missing) return nullptr;
-  rule->decide(chosen);
+  rule->decide(chosen, caution);
   bool changed = false;
   auto decided = std::make_unique<Decided>();
   decided->low = levels.min;
@@ -266,6 +292,8 @@ void MoePolicy::ran(int layer, const std::vector<uint8_t>& used) {
       for (int32_t e : predicted.back().experts)
         if (used[e]) ++counters_.guessed_used;
     }
+    if (asked_.size() == used.size()) account_.note(layer, asked_, used, asked_tokens_);
+    asked_.clear();
   }
   if (!cache_) return;
   for (const Predicted& guess : predicted)
@@ -281,6 +309,7 @@ void MoePolicy::step(int layer, const MoeInput& in, void* out, int64_t part, con
   if (near) {
     routed.expert_idx = near->index.data();
     routed.weights = near->weights.data();
+    ask(layer, routed);
   }
   const int64_t* index = routed.expert_idx;
   std::unique_ptr<Decided> decided;
@@ -307,6 +336,11 @@ void MoePolicy::step(int layer, const MoeInput& in, void* out, int64_t part, con
 PolicyCounters MoePolicy::counters() const {
   std::lock_guard<std::mutex> lock(mutex_);
   return counters_;
+}
+
+LossAccount::Figures MoePolicy::account() const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return account_.figures();
 }
 
 RoutingProfile MoePolicy::profile() const {

@@ -12,6 +12,7 @@
 #include "../engine/engine.h"
 #include "cache_values.h"
 #include "least_cost.h"
+#include "loss_account.h"
 #include "moe_op.h"
 #include "routing_profile.h"
 
@@ -56,6 +57,9 @@ class MoePolicy {
   // Under the plan in force: whether anything is read while computing, the rule about what is
   // missing (null: wait), and whether routing is noted.
   void set_plan(bool reads, std::unique_ptr<const LeastCost> rule, bool follows);
+  // What uses lose, for the rule and for the account; see LossAccount.
+  void set_losses(std::vector<double> per_square, std::vector<double> nothing);
+  void set_loss_limit(double limit, double most);
   // Cache-aware routing: an expert of which something is missing gives way to a resident one whose
   // score is at most this much lower; 0: never.
   void set_tolerance(double tolerance);
@@ -79,6 +83,7 @@ class MoePolicy {
   std::vector<uint8_t>& used() { return used_; }
   PolicyCounters counters() const;
   RoutingProfile profile() const;
+  LossAccount::Figures account() const;
 
  private:
   struct Predicted {
@@ -93,6 +98,7 @@ class MoePolicy {
   // Null: nothing is missing, or nobody is close enough.
   std::unique_ptr<Routing> among_resident(int layer, const MoeInput& input, const LinearGate& own);
   int64_t count(int layer) const { return first_[layer + 1] - first_[layer]; }
+  void ask(int layer, const MoeInput& input);
 
   Engine& engine_;
   MoeOp& op_;
@@ -104,10 +110,14 @@ class MoePolicy {
   bool reads_ = false, follows_ = false;
   double tolerance_ = 0;
   RoutingProfile profile_;
+  LossAccount account_;
   PolicyCounters counters_;
   std::vector<std::vector<double>> bits_;  // [layers][E, levels]
   std::vector<uint8_t> used_;
   std::vector<std::vector<Predicted>> predicted_;  // of each layer, the nearest guess last
+  // Of the layer that runs: each expert's sum of squared gate weights [E], of so many tokens.
+  std::vector<double> asked_;
+  int64_t asked_tokens_ = 0;
 };
 
 }  // namespace comoe
