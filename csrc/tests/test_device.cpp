@@ -232,10 +232,10 @@ void test_decode_in_little_memory(bool unified) {
   CHECK(stats.visits == 60 * kLayers && stats.misses > 0 && stats.guesses > 0);
   CHECK(kernel.wrong == 0 && kernel.missing == 0);
   rig.server->check();
-  CHECK(rig.engine->wait_idle(20));
-  std::vector<int32_t> all = rig.store.rows();
   rig.engine->cancel_all(Priority::prefetch);
   rig.engine->cancel_all(Priority::upgrade);
+  CHECK(rig.engine->wait_idle(20));
+  std::vector<int32_t> all = rig.store.rows();
   rig.engine->evict(all.data(), static_cast<int64_t>(all.size()));
   for (int i = 0; i < 2000 && rig.engine->stats().pages_reclaiming > 0; ++i)
     std::this_thread::sleep_for(std::chrono::milliseconds(1));

@@ -504,6 +504,25 @@ void test_shrink_moves_what_is_hot() {
   b.core.check_invariants();
 }
 
+// Pages that the running step reads are not on their way: room is made elsewhere, since the step
+// may be the one that waits for it.
+void test_pages_that_a_step_holds_are_no_room() {
+  for (bool held : {false, true}) {
+    Bench b({1}, {1, 1, 1, 1, 1}, 4, 1);
+    b.use({0, 1, 2, 3});
+    b.backend.launch_step();
+    b.backend.steps_hold = held;
+    CHECK(b.core.evict(0) == 1 && b.core.reclaiming_pages() == 1);
+    const int32_t s = b.open({{4, 0, 0}});
+    CHECK(b.core.stats().evictions == (held ? 2 : 1));
+    b.core.check_invariants();
+    b.backend.complete_step();
+    b.core.step_passed();
+    CHECK(b.running() == Records{4});
+    b.core.close_session(s);
+  }
+}
+
 void test_empty_records() {
   // A ladder may lack a record (no `exact`, say): zero bytes, always here.
   Bench b({1, 3}, {1, 0, 1, 0}, 2, 1);
@@ -873,9 +892,9 @@ void test_stress(const char* io, double seconds) {
   stop = true;
   for (auto& thread : threads) thread.join();
   CHECK(served > 0);
-  CHECK(engine->wait_idle(60));
   engine->cancel_all(Priority::prefetch);
   engine->cancel_all(Priority::upgrade);
+  CHECK(engine->wait_idle(60));
   std::vector<int32_t> all(num_records);
   for (int32_t r = 0; r < num_records; ++r) all[r] = r;
   engine->evict(all.data(), num_records);
@@ -910,6 +929,7 @@ int main() {
   test_demand_waits_first();
   test_read_errors();
   test_shrink_moves_what_is_hot();
+  test_pages_that_a_step_holds_are_no_room();
   test_empty_records();
   test_engine_serves();
   test_engine_bad_arguments();
