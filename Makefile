@@ -56,7 +56,7 @@ sanitize-gpu: build
 	compute-sanitizer --tool memcheck --error-exitcode 1 build/native-gpu/test_gpu_plane
 	compute-sanitizer --tool racecheck --error-exitcode 1 build/native-gpu/test_gpu_plane
 
-# Every kernel once, in about three minutes on two cores; BENCH_ARGS: of pytest, such as --write or -k disk.
+# Every kernel once, in less than a minute on two idle cores; BENCH_ARGS: of pytest, such as --write or -k disk.
 BENCH = $(BIN)/python -m pytest bench -o python_files='bench_*.py' -o tmp_path_retention_policy=none --benchmark-quiet --timeout 600
 
 bench: build

@@ -23,6 +23,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -33,6 +34,7 @@ from typing import Any
 import peers_setup
 from cgroup import CgroupError, MemoryGroup, drop_from_cache
 from harness import RESULTS, write_rows
+from peers_judge import NUMBERS, judge
 from rich.console import Console
 from rich.table import Table
 
@@ -41,6 +43,8 @@ GIB = 2**30
 SHAPE_B = {"layers": 16, "experts": 64, "hidden": 1024, "intermediate": 512, "top_k": 8}
 SMALL = {"layers": 2, "experts": 8, "hidden": 256, "intermediate": 256, "top_k": 2}
 LIMIT_SECONDS = 600  # of one measurement
+CEILING = "the machine"  # rows of what memory and disk give, beside the peers'
+KILLED, LATE = "killed: does not fit", "not done after"
 WINDOW, CONTEXT, TEXT_BYTES = 256, 64, 24_000
 TIMING = {
     "warm_tokens": 4,
@@ -123,7 +127,7 @@ def cases(peers: dict[str, Peer], half: int) -> list[Case]:
 class Bench:
     def __init__(self, args: argparse.Namespace):
         self.args = args
-        self.console = Console(stderr=args.json)
+        self.console = Console(stderr=args.json, soft_wrap=True)
         self.models: Path = args.models.resolve()
         self.peers = known_peers()
         self.path = RESULTS / f"{args.out}.csv"
@@ -207,17 +211,18 @@ class Bench:
             try:
                 out, _ = worker.communicate(timeout=self.args.limit)
             except subprocess.TimeoutExpired:
-                worker.kill()
-                worker.communicate()
                 out = ""
+            finally:
+                worker.kill()
+                worker.wait()
             peak, killed = group.peak(), group.killed()
         shutil.rmtree(scratch, ignore_errors=True)
         if worker.returncode == 0 and out.strip():
             return json.loads(out.strip().splitlines()[-1]) | {"cgroup_peak": peak}
         if killed:
-            why = "killed: does not fit"
+            why = KILLED
         elif worker.returncode == -9:
-            why = f"not done after {self.args.limit} s"
+            why = f"{LATE} {self.args.limit} s"
         else:
             lines = log.read_text(errors="replace").strip().splitlines()
             why = lines[-1][-300:] if lines else f"exit status {worker.returncode}"
@@ -234,7 +239,7 @@ class Bench:
     def add(self, row: dict[str, Any]) -> None:
         empty = dict.fromkeys(COLUMNS, "")
         write_rows(self.args.out, [empty | {"run": self.args.run} | row])
-        told = {k: row[k] for k in MEASURES if row.get(k) not in ("", None)}
+        told = {k: row[k] for k in NUMBERS if row.get(k) not in ("", None)}
         said = row.get("error") or ", ".join(f"{k} {v:.4g}" for k, v in told.items())
         self.say(f"{row['case']} | {row['peer']} | {said}")
 
@@ -258,19 +263,28 @@ class Bench:
             if only and case.name not in only:
                 continue
             for repeat in range(self.args.repeats):
+                found.append((case.name, None, CEILING, repeat))
                 found += [(case.name, case.cap, name, repeat) for name in case.peers if name in known]  # fmt: skip
         return found
 
     def run(self) -> None:
-        done = {(row["case"], row["peer"], row["repeat"]) for row in self.rows()}
-        failed = {(r["case"], r["peer"]) for r in self.rows() if r["error"]}
+        rows = self.rows()
+        done = {(row["case"], row["peer"], row["repeat"]) for row in rows if not row["error"]}
+        # What did not fit, or was not done in time, will not the next time either.
+        failed = {(r["case"], r["peer"]) for r in rows if r["error"].startswith((KILLED, LATE))}
         wanted = self.wanted()
         began = time.monotonic()
         for number, (case, cap, name, repeat) in enumerate(wanted, 1):
             if (case, name, str(repeat)) in done or (case, name) in failed:
                 continue
+            if time.monotonic() - began > self.args.seconds:
+                self.say("stopped; call again to go on")
+                return
             minutes = (time.monotonic() - began) / 60
             self.say(f"[dim]{number}/{len(wanted)}, {minutes:.0f} min[/dim] {case}: {name}")
+            if name == CEILING:
+                self.add({"case": case, "peer": name, "repeat": repeat} | self.ceilings())
+                continue
             peer = self.peers[name]
             if case == "perplexity":
                 result = self.measure(peer, cap, self.text_job(peer), True)
@@ -278,11 +292,21 @@ class Bench:
                 result = self.measure(peer, cap, self.speed_job(), False)
             row = {"case": case, "limit": cap or "", "peer": name, "repeat": repeat}
             if "error" in result:
-                failed.add((case, name))  # it will not fit the next time either
+                failed.add((case, name))
             comoe = result.pop("comoe", {})
             row["memory"] = comoe.get("memory", "")
             row["bits_per_weight"] = comoe.get("bits_per_weight", "")
             self.add(row | {name: result[name] for name in COLUMNS if name in result})
+
+    def ceilings(self) -> dict[str, float]:
+        """What memory and disk give now, to all threads and to large direct reads."""
+        from comoe.doctor import disk_bandwidth, memory_read_bandwidth, native_module
+
+        disk = disk_bandwidth(self.models, 256 << 20)
+        return {
+            "memory_bytes_per_second": round(memory_read_bandwidth(native_module())),
+            "disk_bytes_per_second": round(disk["bytes_per_second"]),
+        }
 
     def speed_job(self) -> dict[str, Any]:
         vocabulary = json.loads((self.models / "source" / "config.json").read_text())["vocab_size"]
@@ -309,26 +333,8 @@ class Bench:
         return job
 
 
-COLUMNS = (
-    "run",
-    "case",
-    "limit",
-    "peer",
-    "repeat",
-    "decode_tokens_per_second",
-    "prefill_tokens_per_second",
-    "moe_seconds_per_token",
-    "perplexity",
-    "cgroup_peak",
-    "rss_peak",
-    "memory",
-    "bits_per_weight",
-    "timed_tokens",
-    "warm_tokens",
-    "ran",
-    "error",
-)
-MEASURES = COLUMNS[5:11]
+COLUMNS = ("run", "case", "limit", "peer", "repeat", *NUMBERS)
+COLUMNS += ("memory", "timed_tokens", "warm_tokens", "ran", "error")
 
 
 def make_checkpoint(folder: Path, shape: dict[str, int], vocabulary: int) -> None:
@@ -356,6 +362,7 @@ def main() -> int:
     parser.add_argument("--out", default="peers", help="rows go to bench/results/OUT.csv")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--limit", type=int, default=LIMIT_SECONDS, help="seconds of one measurement")  # fmt: skip
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no measurement after these")  # fmt: skip
     parser.add_argument("--only", action="append", help="a case; may be repeated")
     parser.add_argument("--peers", action="append", help="part of a peer's name; may be repeated")
     parser.add_argument("--small", action="store_true")
@@ -364,6 +371,7 @@ def main() -> int:
     parser.add_argument("--delete", action="store_true", help="remove the models afterwards")
     parser.add_argument("--json", action="store_true", help="the judged rows as JSON on standard output")  # fmt: skip
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that groups are removed
     bench = Bench(args)
     if args.list:
         for case in cases(bench.peers, 0):
@@ -376,10 +384,13 @@ def main() -> int:
         except CgroupError as error:
             bench.say(f"peers: {error}")
             return 1
+        if len(Path("/proc/swaps").read_text().splitlines()) > 1:
+            bench.say(
+                "peers: there is swap, which a limit of memory does not count; swapoff -a first"
+            )
+            return 1
         bench.set_up()
         bench.run()
-    from peers_judge import judge
-
     found = judge(bench.rows(), bench.peers)
     show(bench.console, found)
     if args.json:
@@ -390,16 +401,24 @@ def main() -> int:
 
 
 def show(console: Console, found: dict[str, Any]) -> None:
+    titles = ("peer", "decode/s", "prefill/s", "MoE ms", "experts ms", "peak GB", "RSS GB", "perplexity", "")  # fmt: skip
     for case in dict.fromkeys(row["case"] for row in found["rows"]):
         table = Table(title=case)
-        for title in ("peer", "decode/s", "prefill/s", "MoE ms", "peak GB", "RSS GB", "perplexity", ""):  # fmt: skip
+        for title in titles:
             table.add_column(title, justify="left" if title in ("peer", "") else "right")
         for row in found["rows"]:
             if row["case"] == case:
                 table.add_row(*row["shown"])
         console.print(table)
+    ran = {row["peer"]: row["ran"] for row in found["rows"] if row["ran"]}
+    for name, what in ran.items():
+        console.print(f"{name} ran: {what}", highlight=False, soft_wrap=True)
     for goal in found["goals"]:
-        console.print(f"{goal['verdict']:>9}  {goal['goal']}: {goal['figures']}", highlight=False)
+        console.print(
+            f"{goal['verdict']:>9}  {goal['goal']}: {goal['figures']}",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 if __name__ == "__main__":

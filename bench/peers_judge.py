@@ -10,10 +10,14 @@ NUMBERS = (
     "decode_tokens_per_second",
     "prefill_tokens_per_second",
     "moe_seconds_per_token",
+    "experts_seconds_per_token",
     "perplexity",
     "cgroup_peak",
     "rss_peak",
     "bits_per_weight",
+    "read_bytes_per_token",
+    "memory_bytes_per_second",
+    "disk_bytes_per_second",
 )
 GOOD_RUNGS = 1.01  # of the exact model's perplexity
 
@@ -35,8 +39,9 @@ def judge(rows: list[dict[str, str]], peers: Mapping[str, Any]) -> dict[str, Any
 def _median(rows: list[dict[str, str]]) -> dict[str, Any]:
     out: dict[str, Any] = {"case": rows[0]["case"], "peer": rows[0]["peer"]}
     out["error"], out["ran"] = rows[-1]["error"], rows[-1]["ran"]
+    good = [row for row in rows if not row["error"]]
     for name in NUMBERS:
-        values = [float(row[name]) for row in rows if row[name]]
+        values = [float(row[name]) for row in good if row[name]]
         out[name] = statistics.median(values) if values else None
     return out
 
@@ -45,15 +50,19 @@ def _shown(row: dict[str, Any]) -> list[str]:
     def number(name: str, digits: int, scale: float = 1.0) -> str:
         return "" if row[name] is None else f"{row[name] * scale:.{digits}f}"
 
+    told = row["error"]
+    if row["memory_bytes_per_second"]:
+        told = f"memory {number('memory_bytes_per_second', 1, 1e-9)} GB/s, disk {number('disk_bytes_per_second', 2, 1e-9)} GB/s"
     return [
         row["peer"],
         number("decode_tokens_per_second", 2),
         number("prefill_tokens_per_second", 0),
         number("moe_seconds_per_token", 2, 1e3),
+        number("experts_seconds_per_token", 2, 1e3),
         number("cgroup_peak", 2, 1e-9),
         number("rss_peak", 2, 1e-9),
         number("perplexity", 3),
-        row["error"] or row["ran"],
+        told,
     ]
 
 
@@ -65,7 +74,8 @@ class Goals:
 
     def all(self) -> list[dict[str, str]]:
         return [
-            self.blocks(),
+            self.blocks("moe_seconds_per_token", "MoE blocks, routers included"),
+            self.blocks("experts_seconds_per_token", "experts alone"),
             self.ratio("whole tokens, 4 bits against Q4_K_M, all resident", "resident", "llama.cpp Q4_K_M", 0.7, self.four_bits),
             self.ratio("2 GiB: exact against llama.cpp's mmap of bf16", "2 GiB", "llama.cpp bf16", 3.0, self.exact_ones),
             self.ratio("2 GiB: rungs within 1 % of perplexity against the same", "2 GiB", "llama.cpp bf16", 12.0, self.good_ones),
@@ -121,13 +131,13 @@ class Goals:
             "figures": f"{got:.2f}x ({best} {mine[best]:.2f}/s, {rival} {theirs:.2f}/s)",
         }
 
-    def blocks(self) -> dict[str, str]:
-        goal = "MoE blocks, 4 bits against Q4_K_M, all resident, at least 1x"
-        theirs = self.rows.get(("resident", "llama.cpp Q4_K_M"), {}).get("moe_seconds_per_token")
+    def blocks(self, part: str, what: str) -> dict[str, str]:
+        goal = f"{what}, 4 bits against Q4_K_M, all resident, at least 1x"
+        theirs = self.rows.get(("resident", "llama.cpp Q4_K_M"), {}).get(part)
         mine = {
-            name: row["moe_seconds_per_token"]
+            name: row[part]
             for (case, name), row in self.rows.items()
-            if case == "resident" and self.four_bits(name) and row["moe_seconds_per_token"]
+            if case == "resident" and self.four_bits(name) and row[part]
         }
         if not theirs or not mine:
             return {"goal": goal, "verdict": "not known", "figures": "rows are missing"}

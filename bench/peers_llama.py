@@ -3,8 +3,9 @@ llama-cpp-python; needs nothing of comoe.
 
     python bench/peers_llama.py JOB     JOB: a JSON object; the last line of standard output is the result, as JSON
 
-MoE blocks are timed by llama.cpp's evaluation callback in a pass of its own: the graph is then computed in pieces that
-end where a block begins (`ffn_norm-L`) and ends (`ffn_moe_out-L`), and the pieces that end with the latter are timed.
+MoE blocks are timed by llama.cpp's evaluation callback in passes of their own: the graph is then computed in pieces that
+end where a block (`ffn_norm-L`), or its experts (`ffn_moe_weights_norm-L`), begin and where both end (`ffn_moe_out-L`),
+and the pieces that end with the latter are timed.
 """
 
 from __future__ import annotations
@@ -99,13 +100,14 @@ class Peer:
         result = {"prefill_tokens_per_second": len(job["prompt"]) / seconds}
         result |= timed_decode(lambda token: self.feed(context, [token]), job)
         llama_cpp.llama_free(context)
-        if job.get("blocks", True):
-            result |= self.blocks()
+        result["moe_seconds_per_token"] = self.seconds_after(b"ffn_norm-")
+        result["experts_seconds_per_token"] = self.seconds_after(b"ffn_moe_weights_norm-")
         return result
 
-    def blocks(self) -> dict[str, float]:
+    def seconds_after(self, begin: bytes) -> float:
+        """Per token, from the nodes whose names begin so to the end of the MoE block."""
         job = self.job
-        timer = BlockTimes()
+        timer = BlockTimes(begin)
         context = self.context(timer.callback)
         timer.on = False
         self.feed(context, job["prompt"])
@@ -115,7 +117,9 @@ class Peer:
         for token in tokens[1:]:
             self.feed(context, [token])
         llama_cpp.llama_free(context)
-        return {"moe_seconds_per_token": timer.seconds / (len(tokens) - 1)}
+        if not timer.pieces:
+            raise RuntimeError(f"llama.cpp computed no piece between {begin!r} and ffn_moe_out")
+        return timer.seconds / (len(tokens) - 1)
 
     def perplexity(self) -> dict[str, float]:
         """Windows as comoe.evaluate.plan_windows makes them (the job lists them): each target once."""
@@ -146,9 +150,10 @@ class Peer:
 
 
 class BlockTimes:
-    """Seconds within MoE blocks. What Python adds lies between the pieces and is not counted."""
+    """Seconds of the pieces from `begin` to a block's end. What Python adds lies between pieces and is not counted."""
 
-    def __init__(self) -> None:
+    def __init__(self, begin: bytes) -> None:
+        self._begin, self.pieces = begin, 0
         # llama.cpp's library has brought it into this process.
         self._name = ctypes.CDLL("libggml-base.so.0").ggml_get_name
         self._name.restype, self._name.argtypes = ctypes.c_char_p, [ctypes.c_void_p]
@@ -163,8 +168,9 @@ class BlockTimes:
                 return False
             if ends:
                 self._asked = time.perf_counter()  # the piece up to here is computed next
-            return ends or name.startswith(b"ffn_norm-")
+            return ends or name.startswith(self._begin)
         if ends:
+            self.pieces += 1
             self.seconds += time.perf_counter() - self._asked
         return True
 

@@ -44,6 +44,10 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
     return result | {"rss_peak": memory.peak_rss()}
 
 
+# The compiler's modules and what it keeps; with less, the budget takes them from the experts.
+COMPILER_BYTES = 600_000_000
+
+
 # ---- how each peer is loaded: (model, what really runs) --------------------------------------------------------
 
 
@@ -85,10 +89,11 @@ def load_accelerate(job: dict[str, Any]):
 def load_comoe(job: dict[str, Any]):
     import comoe
     from comoe.baseline import warm_up
-    from comoe.runtime.budget import memory_within
 
     options = dict(job["options"])
     if job.get("cap"):
+        from comoe.runtime.budget import memory_within
+
         # What is left of the limit beside the interpreter, with room for the promise's tolerance.
         options["memory"] = memory_within(job["cap"] - warm_up())
     model = comoe.load(job["folder"], **options)
@@ -97,7 +102,8 @@ def load_comoe(job: dict[str, Any]):
         # Every expert at this level, and no more memory than that takes.
         level = runtime.store_sizes.levels.names.index(job["level"])
         pool = runtime.store_sizes.total(level)
-        runtime.set_memory(runtime.budget.least(0) + int(pool * 1.03))
+        more = COMPILER_BYTES if options.get("compile") else 0
+        runtime.set_memory(runtime.budget.least(0) + int(pool * 1.03) + more)
     if "share" in job:
         pool = runtime.store_sizes.total(runtime.store_sizes.levels.names.index("4"))
         runtime.set_memory(runtime.budget.least(0) + int(pool * job["share"]))
@@ -115,15 +121,19 @@ def speed(model: Any, job: dict[str, Any]) -> dict[str, Any]:
     """Tokens per second of the prompt and of decoding, and seconds per token within MoE blocks."""
     import torch
     from peers_timing import timed_decode
-    from transformers import DynamicCache
+    from transformers import DynamicCache, StaticCache
 
     prompt = torch.tensor([job["prompt"]])
+    compiled = job.get("options", {}).get("compile", False)
     cache = None
 
     @torch.inference_mode()
     def prefill() -> float:
         nonlocal cache
-        cache = DynamicCache()
+        if compiled:
+            cache = StaticCache(config=model.config, max_cache_len=job["context_tokens"])
+        else:
+            cache = DynamicCache()
         start = time.perf_counter()
         model(input_ids=prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
         return time.perf_counter() - start
@@ -138,31 +148,59 @@ def speed(model: Any, job: dict[str, Any]) -> dict[str, Any]:
     prefill()  # makes code, and fills caches
     result = {"prefill_tokens_per_second": prompt.shape[1] / prefill()}
     result |= timed_decode(feed, job)
-    if job.get("blocks", True):
-        tokens = job["block_steps"]
-        blocks = BlockTimes(model)
-        feed(tokens[0])
-        blocks.seconds = 0.0
-        for token in tokens[1:]:
-            feed(token)
-        result["moe_seconds_per_token"] = blocks.seconds / (len(tokens) - 1)
-    return result
+    tokens = job["block_steps"]
+    times = BlockTimes(model, compiled)
+    feed(tokens[0])
+    times.reset()
+    for token in tokens[1:]:
+        feed(token)
+    return result | {name: t.seconds / (len(tokens) - 1) for name, t in times.parts.items()}
+
+
+class Stopwatch:
+    def __init__(self) -> None:
+        self.seconds = self._begun = 0.0
+
+    def begin(self, *_) -> None:
+        self._begun = time.perf_counter()
+
+    def end(self, *_) -> None:
+        self.seconds += time.perf_counter() - self._begun
 
 
 class BlockTimes:
-    """Seconds within the modules that hold a router and experts, summed over calls."""
+    """Seconds within MoE blocks, and within their experts alone; of compiled steps only the latter."""
 
-    def __init__(self, model: Any):
-        self.seconds = self._begun = 0.0
-        for layer in model.model.layers:
-            layer.mlp.register_forward_pre_hook(self._begin)
-            layer.mlp.register_forward_hook(self._end)
+    def __init__(self, model: Any, compiled: bool):
+        self.parts = {"experts_seconds_per_token": Stopwatch()}
+        runtime = getattr(model, "comoe", None)
+        if runtime is not None:
+            self._around_experts(runtime)
+        if not compiled:
+            self.parts["moe_seconds_per_token"] = Stopwatch()
+            for layer in model.model.layers:
+                self._hook(layer.mlp, "moe_seconds_per_token")
+                if runtime is None:
+                    self._hook(layer.mlp.experts, "experts_seconds_per_token")
 
-    def _begin(self, module, args) -> None:
-        self._begun = time.perf_counter()
+    def _hook(self, module: Any, part: str) -> None:
+        module.register_forward_pre_hook(self.parts[part].begin)
+        module.register_forward_hook(self.parts[part].end)
 
-    def _end(self, module, args, output) -> None:
-        self.seconds += time.perf_counter() - self._begun
+    def _around_experts(self, runtime: Any) -> None:
+        watch, forward = self.parts["experts_seconds_per_token"], runtime.experts_forward
+
+        def timed(*args):
+            watch.begin()
+            out = forward(*args)
+            watch.end()
+            return out
+
+        runtime.experts_forward = timed
+
+    def reset(self) -> None:
+        for watch in self.parts.values():
+            watch.seconds = 0.0
 
 
 def perplexity(model: Any, job: dict[str, Any]) -> float:

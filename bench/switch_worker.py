@@ -54,10 +54,12 @@ class Forced(LogitsProcessor):
 class MoEClock:
     """Seconds inside the MoE blocks, router included."""
 
-    def __init__(self, model):
+    def __init__(self, model, decoding: bool = False):
+        """decoding: passes of one token only."""
         self.seconds = self.began = 0.0
+        self.decoding = decoding
         for module in model.modules():
-            if type(module).__name__.endswith("SparseMLP"):
+            if type(module).__name__.endswith(("SparseMLP", "SparseMoeBlock")):
                 module.register_forward_pre_hook(self.begin)
                 module.register_forward_hook(self.end)
 
@@ -65,7 +67,8 @@ class MoEClock:
         self.began = time.perf_counter()
 
     def end(self, module, args, out) -> None:
-        self.seconds += time.perf_counter() - self.began
+        if not self.decoding or args[0].shape[1] == 1:
+            self.seconds += time.perf_counter() - self.began
 
 
 class Worker:

@@ -231,6 +231,15 @@ def attend(
     strides: Sequence[int],
     scale: float,
 ) -> None: ...
+def bin_sums(
+    weights: np.ndarray,
+    group_cols: int,
+    scale: np.ndarray,
+    zero: np.ndarray,
+    table: np.ndarray,
+    diagonal: np.ndarray,
+    unit: float,
+) -> tuple: ...
 def coded_gather(
     record: int,
     record_bytes: int,
@@ -281,6 +290,9 @@ cuda_built: bool
 
 def cuda_copy_bandwidth(index: int, num_bytes: int = 268435456, repeats: int = 5) -> float: ...
 def cuda_devices() -> tuple: ...
+def decode_codes(
+    codes: np.ndarray, group_cols: int, scale: np.ndarray, zero: np.ndarray, table: np.ndarray
+) -> np.ndarray: ...
 def dense_linear(
     weight: int,
     weight_dtype: int,
@@ -317,6 +329,14 @@ def expert_ffn(
     num_pairs: int,
 ) -> None: ...
 def force_isa(name: str) -> None: ...
+def group_errors(
+    weights: np.ndarray,
+    group_cols: int,
+    scale: np.ndarray,
+    zero: np.ndarray,
+    table: np.ndarray,
+    diagonal: np.ndarray,
+) -> np.ndarray: ...
 def isa_name() -> str: ...
 def isa_names() -> list[str]: ...
 def num_threads() -> int: ...

@@ -61,7 +61,7 @@ class CoMoEConfig:
     """What a user may choose when a model is loaded. Everything else is decided from the store and the device.
 
     memory       bytes for dense weights + KV cache + experts + staging + workspace, beside the interpreter's own
-                 baseline ("4.7GB" is read too); None: all experts, as far as the machine has room.
+                 baseline ("4.7GB" is read too); None: all experts, as far as the machine, or the container, has room.
     exact        use only the original weights, bit for bit; missing ones are waited for.
     device       where the model computes: "cpu" now.
     threads      threads of the expert kernels; 0: as many as torch uses.

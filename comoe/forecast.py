@@ -6,18 +6,21 @@ it cannot know is what the text will use: uses are those of the calibration text
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from comoe.config import CoMoEConfig, format_bytes
+from comoe.config import DENSE_BITS, CoMoEConfig, format_bytes
 from comoe.hf.checkpoint import read_config
+from comoe.hf.dense import coded_dense_bytes
 from comoe.hf.sizes import experts_per_token, model_sizes
 from comoe.policy.assumed import assumed_losses
 from comoe.policy.controller import Controller
@@ -32,6 +35,10 @@ from comoe.runtime.budget import Budget, ModelSizes
 from comoe.runtime.engine import RecordTable, pool_floor, slab_bytes, store_sizes
 from comoe.runtime.runtime import RECORD_BYTES, SCRATCH_BYTES, planner_of
 from comoe.store import Store
+from comoe_kernels.coded_linear import coded_linear_bytes
+
+if TYPE_CHECKING:
+    from comoe.overheads import Overheads
 
 POINTS = 12  # of the frontier, from the least memory to enough for all
 
@@ -65,7 +72,8 @@ class Model:
     dense_read: int  # bytes of dense weights that every token reads
 
     @classmethod
-    def open(cls, folder: str | Path) -> Model:
+    def open(cls, folder: str | Path, dense: str = "source") -> Model:
+        """dense: as in CoMoEConfig."""
         folder = Path(folder)
         store = Store.open(folder)
         config = read_config(folder)
@@ -73,15 +81,20 @@ class Model:
         shell.config = config
         element = torch.bfloat16
         # As large as the dense weights, and without memory.
-        size = (store.manifest.dense_bytes + 1) // element.itemsize
+        held = store.manifest.dense_bytes
+        if DENSE_BITS[dense]:
+            held = coded_dense_bytes(config, DENSE_BITS[dense])
+        size = (held + 1) // element.itemsize
         shell.weight = nn.Parameter(torch.empty(size, dtype=element, device="meta"))
         k = experts_per_token(shell)
         intermediate = max(layer.intermediate for layer in store.layers)
         text = config.get_text_config()
-        dense = store.manifest.dense_bytes
+        read = held
         if not getattr(config, "tie_word_embeddings", True):
             # Of an embedding that is not the head too, a token reads one row.
-            dense -= element.itemsize * text.vocab_size * text.hidden_size
+            rows, cols, bits = text.vocab_size, text.hidden_size, DENSE_BITS[dense]
+            one = element.itemsize * rows * cols
+            read -= coded_linear_bytes(rows, cols, bits) if bits else one
         layers = getattr(text, "num_hidden_layers", None) or getattr(text, "num_layers", 0)
         return cls(
             folder,
@@ -90,7 +103,7 @@ class Model:
             model_sizes(shell, k, intermediate),
             k,
             max(int(layers), len(store.layers)),
-            max(dense, 0),
+            max(read, 0),
         )
 
     @cached_property
@@ -350,14 +363,27 @@ def plot(rows: list[dict[str, Any]], outlooks: list[Outlook], path: Path, title:
     return path
 
 
-def device_of(name: str, folder: Path, examine: Callable[..., dict] | None = None) -> Device:
-    """The profile of that name; "measured": this machine, with the disk under `folder`."""
+def device_of(
+    name: str,
+    folder: Path,
+    examine: Callable[..., dict] | None = None,
+    overheads: Callable[[Path, float], Overheads] | None = None,
+) -> Device:
+    """The profile of that name; "measured": this machine, with the disk under `folder`: what `comoe doctor` measures,
+    and what tokens take beside bytes, by small models that are written beside the folder and run for some seconds.
+    """
     from comoe.doctor import examine as measure
+    from comoe.overheads import measure_overheads
     from comoe.policy.devices import MEASURED, load_device, measured_device
 
     if name != MEASURED:
         return load_device(name)
-    return measured_device((examine or measure)(folder, disk_bytes=64 << 20))
+    report = (examine or measure)(folder, disk_bytes=64 << 20)
+    beside = next((p for p in (folder.resolve().parent, folder) if os.access(p, os.W_OK)), None)
+    if beside is None:
+        beside = Path(tempfile.gettempdir())  # another disk, perhaps; most of it is not the disk
+    bandwidth = report["bandwidth"]["disk"]["bytes_per_second"]
+    return measured_device(report, asdict((overheads or measure_overheads)(beside, bandwidth)))
 
 
 def summary(

@@ -1,14 +1,18 @@
 """The joint planner: limits hold, waiting is bought only where it pays, and goals that cannot be met say so."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from comoe.policy.assumed import assumed_losses
 from comoe.policy.costs import Costs
+from comoe.policy.elsewhere import Elsewhere
 from comoe.policy.goal import Goal
 from comoe.policy.joint import GoalError, JointPlanner, Situation
 from comoe.policy.plan import LADDER, BudgetError, Levels, Sizes
 from comoe.policy.profile import InputProfile
+from comoe.policy.snapshot import Estimate, Link
 
 EXPERTS, LAYERS = 16, 4
 SIZES = Sizes(
@@ -199,3 +203,100 @@ def test_a_plan_that_waits_uses_what_experts_share_where_that_pays():
     slower = alone.plan(sizes, 8800, exact=False)
     assert made.judge(sizes, plan)[1] < 0.5 * alone.judge(sizes, slower)[1]
     assert made.judge(sizes, plan) == pytest.approx((plan.loss, plan.seconds))
+
+
+def test_some_layers_are_held_whole_where_waiting_costs_latency():
+    """A latency per layer, paid whatever number of its experts is missing: the plan leaves some layers without any
+    miss, and expects less time than one that was made as if every expert paid a latency of its own."""
+    use = np.full(
+        EXPERTS * LAYERS, 0.4
+    )  # of 16: each layer misses something, however much of it is held
+    matters = np.random.default_rng(0).gamma(1.0, 1.0, len(use))
+    loss = (use * matters)[:, None] * np.array([0.125, 0.036, 0.0095, 2.4e-5, 0]) * 0.01
+
+    def even() -> JointPlanner:
+        made = JointPlanner(loss, use)
+        made.situation = Situation(Goal(loss=0.01), costs(1e9, latency=2e-3))
+        return made
+
+    made, pool = even(), int(0.12 * ALL)
+    plan = made.plan(SIZES, pool, exact=False)
+    whole = (plan.held >= plan.min_level).reshape(LAYERS, EXPERTS).all(1)
+    assert whole.any() and not whole.all() and plan.loss <= 0.01
+    assert SIZES.record_bytes[plan.base].sum() <= pool
+    apart = even()
+    apart._best_whole = lambda sizes, options, scale, pool, first, at: first
+    assert plan.seconds < 0.9 * apart.plan(SIZES, pool, exact=False).seconds
+    # The same again from what it remembers; other memory is searched anew.
+    again = made.plan(SIZES, pool, exact=False)
+    assert (again.held == plan.held).mean() > 0.95
+    assert made.plan(SIZES, int(0.3 * ALL), exact=False).seconds < plan.seconds
+
+
+def test_caution_trades_time_for_loss():
+    plans = []
+    for caution in (1.0, 0.3, 0.03):
+        made = planner(Goal(loss=0.004))
+        made.situation = replace(made.situation, caution=caution)
+        plans.append(made.plan(SIZES, int(0.15 * ALL), exact=False))
+    losses_, prices = [p.loss for p in plans], [p.price for p in plans]
+    assert losses_ == sorted(losses_, reverse=True) and losses_[2] < losses_[0]
+    assert prices[2] == pytest.approx(0.03 * prices[0], rel=1e-6)
+    assert [p.seconds for p in plans] == sorted(p.seconds for p in plans)
+
+
+def elsewhere(level=4, rtt=0.002, bandwidth=1e8, seconds=1e-4) -> Elsewhere:
+    """A server with every second expert."""
+    has = np.where(np.arange(EXPERTS * LAYERS) % 2, level, -1)
+    there = Elsewhere(has, 1024, prior=Link(Estimate(bandwidth), Estimate(rtt)))
+    for _ in range(20):
+        there.succeeded(1, rtt + 2048 / bandwidth + seconds, seconds)
+    return there
+
+
+@pytest.mark.parametrize("goal", [Goal(loss=0.001), Goal(latency=0.012)], ids=["loss", "latency"])
+def test_a_slow_link_and_a_quick_server_send_activations(goal):
+    """What lies behind a slow link is computed where it lies, if a server there is quick; never without one."""
+    slow, pool = {"bandwidth": 2e5, "latency": 0.01}, int(0.15 * ALL)
+    alone = planner(goal if goal.latency is None else Goal(latency=1.0), **slow)
+    alone = alone.plan(SIZES, pool, exact=False)
+    assert alone.away is None
+    made = planner(goal, **slow)
+    made.situation = replace(made.situation, elsewhere=elsewhere())
+    plan = made.plan(SIZES, pool, exact=False)
+    assert plan.away.any() and not plan.away[::2].any()
+    assert (plan.min_level[plan.away] == 4).all() and (plan.held[plan.away] < 0).all()
+    assert (plan.aimed[plan.away] == -1).all() and not plan.resident
+    assert "computed on another machine" in plan.describe()
+    records = SIZES.records[plan.away]
+    assert not plan.base[records].any()
+    if goal.latency is None:
+        assert plan.seconds < 0.8 * alone.seconds and plan.loss <= goal.loss
+    else:
+        assert plan.seconds <= goal.latency
+    assert made.judge(SIZES, plan)[1] == pytest.approx(plan.seconds, rel=1e-6)
+    # Nothing is held less finely for it where nobody may be waited for.
+    assert planner().plan(SIZES, pool, exact=False).away is None
+
+
+def test_a_server_that_is_slow_or_put_aside_is_not_planned_with():
+    goal, pool = Goal(loss=0.001), int(0.15 * ALL)
+    slow, gone = elsewhere(rtt=1.0), elsewhere()
+    gone.failed_call()
+    for there in (
+        slow,
+        gone,
+        elsewhere(level=0),
+    ):  # the last one has too coarse a level to keep the loss alone
+        made = planner(goal, bandwidth=1e8)
+        made.situation = replace(made.situation, elsewhere=there)
+        plan = made.plan(SIZES, pool, exact=False)
+        assert plan.away is None and plan.loss <= goal.loss
+    made = planner(Goal(), bandwidth=2e5)
+    made.situation = replace(made.situation, elsewhere=elsewhere())
+    plan = made.plan(SIZES, pool, exact=False)
+    assert plan.away is None and plan.resident
+    floor = np.full(EXPERTS * LAYERS, 3)
+    made = JointPlanner(*losses(), floor)
+    made.situation = Situation(Goal(loss=0.01), costs(2e5, latency=0.01), elsewhere=elsewhere(2))
+    assert made.plan(SIZES, pool, exact=False).away is None

@@ -38,7 +38,7 @@ def test_interfaces_sources_and_losses_are_told():
             Path(0, link(), "a", "wlan0"),
             Path(1, link(), "a", "wlan0"),
             Path(2, link(), "a", "wwan0"),
-            Path(3, link(), "b", "wwan0"),
+            *(Path(3 + i / 4, link(7.0), "b", "wwan0") for i in range(3)),
             Path(4, None, "", "wwan0"),
             Path(5, None, "", "wwan0"),
             Path(6, link(), "b", "wwan0"),
@@ -49,6 +49,8 @@ def test_interfaces_sources_and_losses_are_told():
         None,
         None,
         "interface wlan0 -> wwan0",
+        None,
+        None,
         "source a -> b",
         "link lost",
         None,
@@ -56,6 +58,22 @@ def test_interfaces_sources_and_losses_are_told():
         "interface wwan0 -> none",
     ]
     assert [what for _, what in watch.log] == [what for what in said if what]
+
+
+def test_two_sources_alike_are_one_path():
+    """Which of two equal servers is expected to answer first changes with every sample; nothing is to be done about
+    it. Nor about one that is best for a moment."""
+    rng = np.random.default_rng(0)
+    watch = PathWatch()
+    flapping = [Path(0, link(), "a", "eth0")]
+    flapping += [
+        Path(0.1 * i, link(5.0 * rng.uniform(0.95, 1.05)), "ab"[int(rng.integers(2))], "eth0")
+        for i in range(1, 200)
+    ]
+    moment = [Path(30, link(9.0), "b", "eth0"), *(Path(31, link(), "a", "eth0"),) * 5]
+    assert not any(looks(watch, flapping + moment))
+    said = looks(watch, [Path(40 + i, link(9.0), "b", "eth0") for i in range(4)])
+    assert said == [None, None, "source a -> b", None]
 
 
 @pytest.mark.parametrize(

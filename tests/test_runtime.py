@@ -10,6 +10,7 @@ import threading
 import time
 
 import pytest
+import tiny_lm
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -366,3 +367,22 @@ def test_set_memory_gives_memory_back_to_the_system(large):
     # 252 MB of experts when all fit, some 80 MB of them in a budget of 90 MB
     for before, after in ((full, small), (again, small), (again, last)):
         assert before - after > 0.9 * 170e6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
+def test_long_prompts_do_not_depend_on_what_is_resident(tmp_path, monkeypatch, dtype):
+    """More tokens than are computed in one part, with all experts in memory and with a few: the same bits."""
+    monkeypatch.setattr("comoe.runtime.compute.EXPERT_ROWS", 4 * 2 * (64 + 32) * 5)  # parts of 5
+    source = tiny_lm.save_qwen3_moe(tmp_path / "source", dtype=dtype, num_experts=16)
+    packed = comoe.pack(source, tmp_path / "packed")
+    ids = torch.randint(1, 250, (3, 21), generator=torch.Generator().manual_seed(0))
+    logits = []
+    for memory in (None, "least"):
+        model = comoe.load(packed, memory="1GB", exact=True)
+        if memory:
+            model.comoe.set_memory(model.comoe.budget.least(0))
+            assert not model.comoe.plan.resident
+        with torch.no_grad():
+            logits.append(model(ids).logits)
+        model.comoe.close()
+    assert torch.equal(*logits)

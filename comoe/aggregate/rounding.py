@@ -247,22 +247,26 @@ class _Rounding:
     def run(self, sweeps: int, lower_bits: bool) -> CodedMatrix:
         self._fit_ranges()
         if self.moment.order is None:
-            self.index = self._nearest(self.weight, slice(None))
+            self.index = self._nearest(self.weight, slice(None)).to(torch.uint8)
         else:
             self._pass_errors_on()
-        best = self._state()
+        best, gradient = self._state()
         for _ in range(sweeps):
-            self._refit_groups()
+            self._refit_groups(gradient)
             self._refit_table()
             self._descend()
-            best = min(best, self._state(), key=lambda state: state[0])
+            state, gradient = self._state()
+            best = min(best, state, key=lambda state: state[0])
         _, self.table, self.scale, self.scale_q, self.zero, self.grid, self.index = best
         return self._coded(lower_bits)
 
-    def _state(self):
+    def _state(self) -> tuple[tuple, torch.Tensor]:
+        """What is chosen, its error first; and (W - W') M."""
         error = self.weight - self._decoded()
-        total = float(((error @ self.moment.matrix) * error).sum())
-        return total, self.table, self.scale, self.scale_q, self.zero, self.grid, self.index.clone()
+        gradient = error @ self.moment.matrix
+        total = float((gradient * error).sum())
+        chosen = (self.table, self.scale, self.scale_q, self.zero, self.grid, self.index.clone())
+        return (total, *chosen), gradient
 
     # ---- codes and what they mean ---------------------------------------------------------------
 
@@ -270,8 +274,13 @@ class _Rounding:
         """[rows, groups] -> [rows, cols]"""
         return per_group[:, self.group_of]
 
+    def _grouping(self, scale: torch.Tensor, zero: torch.Tensor) -> tuple:
+        """As the native functions take it."""
+        return GROUP_COLS, scale.contiguous().numpy(), zero.contiguous().numpy(), self.table.numpy()
+
     def _decoded(self) -> torch.Tensor:
-        return self._spread(self.scale) * (self.table[self.index] - self._spread(self.zero))
+        grouping = self._grouping(self.scale, self.zero)
+        return torch.from_numpy(_C.decode_codes(self.index.numpy(), *grouping))
 
     def _bounds(self) -> torch.Tensor:
         return (self.table[1:] + self.table[:-1]) / 2
@@ -292,7 +301,7 @@ class _Rounding:
 
     def _fit_ranges(self) -> None:
         """Ranges of groups (zero included), shrunk to what the anchor's table likes best."""
-        diagonal = self.moment.matrix.diagonal()
+        diagonal = self.moment.matrix.diagonal().contiguous()
         lows, highs = [], []
         for cols in self.groups:
             lows.append(self.weight[:, cols].amin(1).clamp(max=0))
@@ -314,13 +323,10 @@ class _Rounding:
                 torch.minimum(-low, 255 * tried).clamp_min(0) if shrink == 1.0 else -low * shrink
             )
             zero = (moved / tried).round().clamp(0, 255)
-            errors = []
-            for g, cols in enumerate(self.groups):
-                s, z = tried[:, g : g + 1], zero[:, g : g + 1]
-                index = torch.bucketize(self.weight[:, cols] / s + z, self._bounds())
-                error = self.weight[:, cols] - s * (self.table[index] - z)
-                errors.append((error.square() * diagonal[cols]).sum(1))
-            error = torch.stack(errors, 1)
+            grouping = self._grouping(tried, zero)
+            error = torch.from_numpy(
+                _C.group_errors(self.weight.numpy(), *grouping, diagonal.numpy())
+            )
             better = error < best
             best = torch.where(better, error, best)
             chosen = torch.where(better, tried, chosen)
@@ -330,14 +336,13 @@ class _Rounding:
 
     def _lloyd(self, diagonal: torch.Tensor) -> None:
         """The anchor's table for the present scales: weighted means of what rounds to each entry."""
-        scale = self._spread(self.scale)
-        units = (self.weight / scale + self._spread(self.zero)).clamp(0, 255)
-        weight = (scale / scale.max()).square() * diagonal
+        unit = 1 / float(self.scale.max())
         for _ in range(LLOYD_ITERATIONS):
-            index = torch.bucketize(units, self._bounds()).reshape(-1)
-            count = torch.zeros(len(self.table)).index_add_(0, index, weight.reshape(-1))
-            total = torch.zeros(len(self.table)).index_add_(0, index, (weight * units).reshape(-1))
-            self._set_table(torch.where(count > 0, total / count.clamp_min(1e-30), self.table))
+            grouping = self._grouping(self.scale, self.zero)
+            sums = _C.bin_sums(self.weight.numpy(), *grouping, diagonal.numpy(), unit)
+            count, total = (torch.from_numpy(s) for s in sums)
+            means = (total / count.clamp_min(1e-30)).float()
+            self._set_table(torch.where(count > 0, means, self.table))
 
     def _set_table(self, table: torch.Tensor) -> None:
         """Rounded, and kept in order: codes are truncated, so entries must not cross."""
@@ -348,7 +353,7 @@ class _Rounding:
     def _pass_errors_on(self) -> None:
         order, upper = self.moment.order, self.moment.factor
         left = self.weight[:, order].clone()
-        index = torch.empty((self.rows, self.cols), dtype=torch.int64)
+        index = torch.empty((self.rows, self.cols), dtype=torch.uint8)
         groups = self.group_of[order]
         for begin in range(0, self.cols, BLOCK):
             some = slice(begin, min(begin + BLOCK, self.cols))
@@ -363,22 +368,21 @@ class _Rounding:
     def _round(
         self, values, factor, inverse, groups, **options
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """`_C.round_columns` on tensors: codes int64 and errors float32, [rows, columns of the block]."""
+        """`_C.round_columns` on tensors: codes uint8 and errors float32, [rows, columns of the block]."""
         codes, errors = _C.round_columns(
             values.contiguous().numpy(), factor.contiguous().numpy(), inverse.contiguous().numpy(),
             self.scale.numpy(), self.zero.numpy(), groups.to(torch.int32).numpy(), self.table.numpy(), **options
         )  # fmt: skip
-        return torch.from_numpy(codes).long(), torch.from_numpy(errors)
+        return torch.from_numpy(codes), torch.from_numpy(errors)
 
     # ---- step 3 ---------------------------------------------------------------------------------
 
-    def _refit_groups(self) -> None:
-        """Scale and offset of each group by least squares under M, group after group."""
+    def _refit_groups(self, gradient: torch.Tensor) -> None:
+        """Scale and offset of each group by least squares under M, group after group. gradient: (W - W') M,
+        which is used up."""
         m = self.moment.matrix
-        value = self.table[self.index]
-        error = self.weight - self._decoded()
+        value = self.table[self.index.int()]
         scale, offset = self.scale.clone(), self.scale * self.zero
-        gradient = error @ m
         for g, cols in enumerate(self.groups):
             v, inner = value[:, cols], m[cols, cols]
             vm = v @ inner
@@ -407,13 +411,13 @@ class _Rounding:
         """Entries of least error under M for given bins, over a sample of rows; `table`: what an entry
         without weights keeps."""
         step = max(1, self.rows * self.cols // FIT_WEIGHTS)
-        index = index[::step]
-        scale = self._spread(self.scale)[::step] / self.scale.max()
-        target = (self.weight / self.scale.max())[::step] + scale * self._spread(self.zero)[::step]
+        index, largest = index[::step], self.scale.max()
+        scale = self._spread(self.scale[::step]) / largest
+        target = self.weight[::step] / largest + scale * self._spread(self.zero[::step])
         count = len(table)
-        parts = [torch.where(index == k, scale, 0) for k in range(count)]
-        weighted = torch.stack([part @ self.moment.matrix for part in parts]).reshape(count, -1)
-        flat = torch.stack(parts).reshape(count, -1)
+        parts = torch.stack([torch.where(index == k, scale, 0) for k in range(count)])
+        weighted = (parts.reshape(-1, self.cols) @ self.moment.matrix).reshape(count, -1)
+        flat = parts.reshape(count, -1)
         left = (weighted @ flat.T).double()
         right = (weighted @ target.reshape(-1)).double()
         # A little of the old table, so that empty bins have a solution.
@@ -433,7 +437,7 @@ class _Rounding:
         """
         m = self.moment.matrix
         gradient = (self.weight - decoded) @ m
-        found = torch.empty((self.rows, self.cols), dtype=torch.int64)
+        found = torch.empty((self.rows, self.cols), dtype=torch.uint8)
         for cols in self.groups:
             inner = m[cols, cols]
             options = {"present": decoded[:, cols].contiguous().numpy()}
@@ -452,7 +456,7 @@ class _Rounding:
     def _lower_bits(self) -> torch.Tensor:
         """Codes 0..255 [rows, cols] in the anchor's bins, for the rung of 8 bits."""
         width = 256 >> self.anchor
-        low = self.index * width
+        low = self.index.float() * width
         scale, zero = self._spread(self.scale), self._spread(self.zero)
         codes = (self.weight / scale + zero).round().clamp(low, low + width - 1)
         if self.moment.order is not None:  # else the nearest is the best

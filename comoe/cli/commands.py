@@ -55,6 +55,21 @@ RoutingTolerance = Annotated[
         "much higher. 0: never.",
     ),
 ]
+Dense = Annotated[
+    str,
+    typer.Option(
+        "--dense",
+        help="Attention, embeddings and other dense layers: source (as they are), bits8 or bits4.",
+    ),
+]
+Compile = Annotated[
+    bool,
+    typer.Option(
+        "--compile",
+        help="Compile decode steps (torch.compile): faster tokens after half a minute, or a few seconds when "
+        "compiled before.",
+    ),
+]
 NoVerify = Annotated[
     bool,
     typer.Option(
@@ -227,6 +242,8 @@ def run(
     quality: Quality = None,
     latency_target: LatencyTarget = None,
     routing_tolerance: RoutingTolerance = 0.0,
+    dense: Dense = "source",
+    compile: Compile = False,
     max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", help="Most new tokens.")] = 128,
     temperature: Annotated[
         float, typer.Option("--temperature", help="0: the likeliest token each time.")
@@ -257,6 +274,8 @@ def run(
             latency_target,
             source,
             routing_tolerance=routing_tolerance,
+            dense=dense,
+            compile=compile,
             expert_server=expert_server,
             expert_token_file=expert_token_file,
         )
@@ -308,6 +327,7 @@ def evaluate(
     memory: Memory = None,
     exact: Exact = False,
     quality: Quality = None,
+    dense: Dense = "source",
     max_tokens: Annotated[
         int | None, typer.Option("--max-tokens", help="Use only the text's first tokens.")
     ] = None,
@@ -372,7 +392,9 @@ def evaluate(
             # The reference may have what is free: its memory is not reported.
             if use_exact != exact:
                 return load(path, None, use_exact, threads, source=source)[0]
-            return load(path, memory, exact, threads, quality=quality, source=source)[0]
+            return load(path, memory, exact, threads, quality=quality, source=source, dense=dense)[
+                0
+            ]
 
         with count_bar("evaluating") as update:
             result = measure(

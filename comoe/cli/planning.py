@@ -50,6 +50,9 @@ def plan(
     exact: Annotated[
         bool, typer.Option("--exact", help="Use only the original weights, bit for bit.")
     ] = False,
+    dense: Annotated[
+        str, typer.Option("--dense", help="Dense layers: source, bits8 or bits4.")
+    ] = "source",
     context: Annotated[
         int, typer.Option("--context", help="Tokens that the KV cache has room for.")
     ] = 0,
@@ -94,6 +97,7 @@ def plan(
             quality=_number_or_name(quality),
             latency=None if latency_target is None else latency_target / 1e3,
             max_context=context,
+            dense=dense,
         )
         found = forecasts(path, budgets, device, config, explain=explain, plot=plot)
         emit(found) if as_json else show_forecasts(found)
@@ -123,7 +127,7 @@ def forecasts(
     quiet_transformers()
     from comoe import forecast, memory
 
-    model = forecast.Model.open(path)
+    model = forecast.Model.open(path, config.dense)
     forecaster = forecast.Forecaster(model, forecast.device_of(device, path))
     if not budgets:
         has = memory.available() if device == MEASURED else forecaster.device.compute_memory

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from comoe.hf import compiled
 from comoe.hf.blocks import MoEBlock
+from comoe.hf.experts_op import handle_of
 
 IMPLEMENTATION = "comoe"
 
@@ -49,7 +49,7 @@ class BoundExperts:
         self.runtime: Runtime | None = runtime
         self.layer_idx = layer_idx
         self.name = name
-        self.handle = compiled.handle_of(self)
+        self.handle = handle_of(self)
         self.instead: Callable[..., torch.Tensor] | None = None  # see `replaced`
 
     def experts_forward(

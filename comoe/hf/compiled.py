@@ -11,48 +11,19 @@ read their weights at memory bandwidth, and attention reads what counts of a sta
 from __future__ import annotations
 
 import functools
-import itertools
-import weakref
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from torch._dynamo.exc import TorchDynamoException
+from torch._inductor.cpp_builder import get_cpp_compiler
 
 from comoe import _C
 from comoe.hf.decode_attention import use_decode_attention
 from comoe.hf.graph_pass import DecodePass
-
-_numbers = itertools.count()
-EXPERTS: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
-
-
-def handle_of(bound: Any) -> int:
-    """A number for BoundExperts, which an op can take."""
-    handle = next(_numbers)
-    EXPERTS[handle] = bound
-    return handle
-
-
-_LIBRARY = torch.library.Library("comoe", "FRAGMENT")
-_LIBRARY.define(
-    "experts(Tensor hidden, Tensor top_k_index, Tensor top_k_weights, int bound) -> Tensor"
-)
-
-
-def _experts(
-    hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, bound: int
-) -> torch.Tensor:
-    return EXPERTS[bound].run(hidden, top_k_index, top_k_weights)
-
-
-_LIBRARY.impl("experts", _experts, "CPU")
-
-
-@torch.library.register_fake("comoe::experts", lib=_LIBRARY)
-def _(hidden, top_k_index, top_k_weights, bound):
-    return torch.empty_like(hidden, memory_format=torch.contiguous_format)
 
 
 def is_static(cache: object) -> bool:
@@ -64,47 +35,120 @@ def is_static(cache: object) -> bool:
     )
 
 
-@contextmanager
-def _one_torch_thread() -> Iterator[None]:
-    """Inside, torch computes in the caller alone: its threads would spin beside the native pool's for
-    products that take microseconds. The pool's wait longer for work instead."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    _C.set_spin(SPIN_MICROSECONDS)
-    try:
-        yield
-    finally:
-        _C.set_spin(_C.SPIN_MICROSECONDS)
-        torch.set_num_threads(threads)
-
-
-SPIN_MICROSECONDS = 100
+# How long the native pool's threads wait for work between a step's ops before they sleep: a wake-up costs up
+# to 50 us, five times a layer. Only while nothing is read from disk, which needs the core.
+SPIN_MICROSECONDS = 400
 
 
 class CompiledDecode:
     """In place of `model.forward`: decode steps go to a compiled one."""
 
     def __init__(self, model: nn.Module) -> None:
+        self.model = model
         self.forward = model.forward
         functools.update_wrapper(self, self.forward)
-        options = {"post_grad_custom_pre_pass": DecodePass(), "cpp.threads": 1}
-        self.compiled = torch.compile(self.forward, fullgraph=True, dynamic=False, options=options)
+        self.compiled = torch.compile(
+            self.forward,
+            fullgraph=True,
+            dynamic=False,
+            options={
+                "post_grad_custom_pre_pass": DecodePass(),
+                "cpp.threads": 1,
+                "size_asserts": False,
+                "alignment_asserts": False,
+            },
+        )
+        self.failed = False
+        self._threads = 0  # torch's own, while it computes with one; 0: it does not
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self.wants(args, kwargs):
+            self.free_threads()
             return self.forward(*args, **kwargs)
-        with _one_torch_thread():
+        self._hold_threads()
+        try:
             return self.compiled(*args, **kwargs)
+        except TorchDynamoException as error:  # before anything was computed
+            self.failed = True
+            _warn(f"torch.compile cannot take this model ({_first_line(error)})")
+            return self.forward(*args, **kwargs)
+        finally:
+            if not self._generating:
+                self.free_threads()
+
+    def _hold_threads(self) -> None:
+        """From now on torch computes in the caller alone: its threads would spin beside the native pool's
+        for products that take microseconds (2.5 ms of 20 a token)."""
+        if not self._threads:
+            self._threads = torch.get_num_threads()
+            torch.set_num_threads(1)
+            if self.model.comoe.plan.resident:
+                _C.set_spin(SPIN_MICROSECONDS)
+
+    def free_threads(self) -> None:
+        if self._threads:
+            torch.set_num_threads(self._threads)
+            _C.set_spin(_C.SPIN_MICROSECONDS)
+            self._threads = 0
+
+    _generating = False
+
+    @contextmanager
+    def generating(self) -> Iterator[None]:
+        """Inside, sampling too runs in one thread."""
+        self._generating = True
+        try:
+            yield
+        finally:
+            self._generating = False
+            self.free_threads()
 
     def wants(self, args: tuple, kwargs: dict) -> bool:
+        if self.failed:
+            return False
         ids, cache = kwargs.get("input_ids"), kwargs.get("past_key_values")
         if args or not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.shape[1] != 1:
             return False
         return is_static(cache) and not torch.is_grad_enabled()
 
 
+def why_not(model: nn.Module) -> str:
+    """Why decode steps of this model cannot be compiled here; "" if they can."""
+    if getattr(model.config, "is_encoder_decoder", False):
+        return f"{type(model).__name__} has an encoder, whose cache is not static"
+    if getattr(model, "generation_config", None) is None:
+        return f"{type(model).__name__} does not generate"
+    try:
+        get_cpp_compiler()
+    except Exception as error:
+        # Of several types, and all mean that there is none.
+        return f"torch.compile found no C++ compiler ({_first_line(error)}); install g++ or set CXX"
+    return ""
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _warn(reason: str) -> None:
+    warnings.warn(f"compile: {reason}; running without", stacklevel=3)
+
+
 def compile_decode(model: nn.Module) -> None:
+    """Gives `model`, which has a runtime, compiled decode steps; `generate` then takes a static cache."""
+    reason = why_not(model)
+    if reason:
+        _warn(reason)
+        return
     use_decode_attention(model)
-    model.forward = CompiledDecode(model)
+    decode = model.forward = CompiledDecode(model)
+    generate = model.generate
+
+    @functools.wraps(generate)
+    def generate_compiled(*args: Any, **kwargs: Any) -> Any:
+        with decode.generating():
+            return generate(*args, **kwargs)
+
+    model.generate = generate_compiled
     model.generation_config.cache_implementation = "static"
     model.generation_config.disable_compile = True

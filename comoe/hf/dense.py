@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
-from comoe.hf.blocks import MoEBlock
+from comoe.hf.blocks import MoEBlock, discover
+from comoe.hf.checkpoint import meta_model
 from comoe_kernels.coded_linear import (
     coded_embedding,
     coded_linear,
@@ -150,6 +152,18 @@ def code_dense(model: nn.Module, blocks: Sequence[MoEBlock], bits: int) -> None:
             if not any(other is weight for other in before.values()):
                 weight.data = torch.empty(0, dtype=weight.dtype)  # the original goes
         model.get_submodule(name).weight = coded[weight]
+
+
+def coded_dense_bytes(config: PreTrainedConfig, bits: int) -> int:
+    """Bytes of what is no expert of a model of this config, once its dense layers are coded."""
+    model = meta_model(config)
+    model.to(config.dtype or torch.bfloat16)
+    blocks = discover(model)
+    for block in blocks:
+        block.strip()
+    replace_dense(model, blocks, bits)
+    model.tie_weights()
+    return sum(p.nbytes for p in model.parameters())
 
 
 class EncodeOnLoad:

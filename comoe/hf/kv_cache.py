@@ -17,17 +17,26 @@ def positions(cache: object) -> int:
         return 0
 
 
-def bytes_of(cache: object) -> Callable[[], int]:
+def coming_positions(cache: object) -> int:
+    """Positions of each sequence that a static cache will take at once when it is first filled; else 0."""
+    layers = getattr(cache, "layers", None) or ()
+    if any(getattr(layer, "is_initialized", True) for layer in layers):
+        return 0
+    return max((getattr(layer, "max_cache_len", 0) for layer in layers), default=0)
+
+
+def bytes_of(cache: object, least: int = 0) -> Callable[[], int]:
     """A function that tells the bytes of the tensors in `cache`: those of the moment, 0 once it is
-    gone. A storage that several tensors share counts once."""
+    gone. A storage that several tensors share counts once.  least: bytes that it is about to have."""
     if not hasattr(cache, "__weakref__"):  # None, or a tuple of tensors
         return int
     reference = weakref.ref(cache)
 
     def held() -> int:
         storages: dict[int, int] = {}
-        _collect(reference(), storages, depth=6)
-        return sum(storages.values())
+        here = reference()
+        _collect(here, storages, depth=6)
+        return 0 if here is None else max(sum(storages.values()), least)
 
     return held
 

@@ -13,8 +13,7 @@ from comoe.config import CoMoEConfig
 from comoe.hf.attach import attach, detach
 from comoe.hf.blocks import MoEBlock
 from comoe.hf.checkpoint import model_class, read_config
-from comoe.hf.compiled import compile_decode
-from comoe.hf.kv_cache import bytes_of, positions
+from comoe.hf.kv_cache import bytes_of, coming_positions, positions
 from comoe.hf.routers import NextGate
 from comoe.hf.sizes import experts_per_token, model_sizes
 from comoe.hf.switch_block import shorten
@@ -66,10 +65,15 @@ def start_runtime(
     )
     attach(blocks, runtime)
     shorten(model, blocks)
+    if config.dense != "source":
+        # The weights that were rounded are mapped until from_pretrained returns: the pool lends their room.
+        runtime.set_memory(runtime.budget.memory)
     model.comoe = runtime
     model.register_forward_pre_hook(_begin_step, with_kwargs=True)
     model.register_forward_hook(_end_step, always_call=True)
     if config.compile:
+        from comoe.hf.compiled import compile_decode  # torch's compiler: 2 s and 100 MB
+
         compile_decode(model)
     return runtime
 
@@ -93,7 +97,10 @@ def _begin_step(model: nn.Module, args: tuple, kwargs: dict) -> None:
         or 0 < model.comoe.budget.sizes.window < past + tokens
         or (isinstance(mask, torch.Tensor) and (mask.dim() > 2 or not bool(mask.all())))
     )
-    model.comoe.begin_step(Step(batch, tokens, logits, past, masked), bytes_of(cache))
+    # A static cache is taken whole by its first pass, of which the step itself counts what is new.
+    sizes, whole = model.comoe.budget.sizes, coming_positions(cache)
+    coming = batch * (sizes.kv(whole) - sizes.kv(tokens)) if whole > tokens else 0
+    model.comoe.begin_step(Step(batch, tokens, logits, past, masked), bytes_of(cache, coming))
 
 
 def _end_step(model: nn.Module, args: tuple, output: object) -> None:

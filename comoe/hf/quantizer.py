@@ -70,6 +70,9 @@ class CoMoEQuantizer(HfQuantizer):
         from comoe import memory
         from comoe.baseline import warm_up
 
+        if self.quantization_config.comoe_config().compile:
+            import comoe.hf.compiled  # noqa: F401  a library like others, not the model's
+
         # What the process holds besides, other models for instance, is not this model's.
         self._baseline = max(warm_up(), memory.rss())
         devices = set(device_map.values()) if isinstance(device_map, dict) else {device_map}

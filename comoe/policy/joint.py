@@ -23,6 +23,7 @@ import numpy as np
 
 from comoe.policy import whole_layers
 from comoe.policy.costs import Costs
+from comoe.policy.elsewhere import Elsewhere
 from comoe.policy.goal import Goal
 from comoe.policy.options import SHARED, Options, expert_options
 from comoe.policy.plan import EvenPlanner, Plan, Sizes, all_cached, require_room
@@ -49,12 +50,13 @@ class Situation:
     """What a plan is made for. use: float [X], probability that a token uses the expert; None: as
     measured by aggregation.  costs: None: reading is not priced, so nothing may be waited for.  caution: share, up to 1, of
     the price of time at which the plan alone loses all that the goal allows; the rest is for what is given
-    away at misses."""
+    away at misses.  elsewhere: a machine that computes experts; None: there is none."""
 
     goal: Goal = field(default_factory=Goal)
     costs: Costs | None = None
     use: np.ndarray | None = None
     caution: float = 1.0
+    elsewhere: Elsewhere | None = None
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ class JointPlanner:
         self.situation = Situation()
         self.loss, self.use, self._floor = loss, np.clip(use, 0.0, 1.0), floor
         self._options: Options | None = None
+        self._options_with: tuple[np.ndarray, Options] | None = None  # levels of the other machine
         self._finer: np.ndarray | None = None
         self._multipliers: dict[str, np.ndarray] = {}
         self._age: int | None = None  # of AGES
@@ -87,7 +90,8 @@ class JointPlanner:
         if exact:
             return sizes.all_at(sizes.levels.exact)
         options = self._options_of(sizes)
-        whole = np.where(np.isfinite(options.loss), options.held_bytes + options.missing, np.inf)
+        here = np.isfinite(options.loss) & ~options.away
+        whole = np.where(here, options.held_bytes + options.missing, np.inf)
         return options.used[np.arange(len(whole)), whole.argmin(1)].astype(np.uint8)
 
     def plan(self, sizes: Sizes, pool_bytes: int, *, exact: bool) -> Plan:
@@ -116,7 +120,9 @@ class JointPlanner:
         needed = sizes.needs[plan.min_level] & (sizes.records >= 0)
         absent = needed & ~plan.base[np.maximum(sizes.records, 0)]
         missing = np.where(absent, sizes.record_bytes[sizes.records], 0).sum(1)
-        return float(loss), self._seconds(sizes, plan.min_level, missing, self._age)
+        if plan.away is not None:
+            missing[plan.away] = 0
+        return float(loss), self._seconds(sizes, plan.min_level, missing, self._age, plan.away)
 
     def least_memory(self, sizes: Sizes) -> int:
         """Bytes of pool with which both the loss and the latency of the goal can be met. Raises GoalError
@@ -126,8 +132,8 @@ class JointPlanner:
             raise ValueError("least_memory: expected a goal with a loss and a latency, and costs")
         options = self._options_of(sizes)
         found, why = [], None
-        for age in AGES:
-            table = _Table(options, costs, self._scale(options), self._live_use(), age)
+        for step in range(len(AGES)):
+            table = self._table(sizes, options, self._scale(options), step, None)
             limits = {"loss": goal.loss, "seconds": goal.latency - costs.dense}
             try:
                 found.append(solve(table.problem("memory", limits)).loss)
@@ -141,7 +147,7 @@ class JointPlanner:
 
     def _without_waiting(self, options: Options, scale: np.ndarray, room: float) -> _Answer | None:
         """Least loss with all that is used held; None if not even the coarsest levels fit."""
-        whole = np.isfinite(options.loss) & (options.missing == 0)
+        whole = np.isfinite(options.loss) & (options.missing == 0) & ~options.away
         loss = np.where(whole, options.loss * scale[:, None], np.inf)
         problem = replace(options.problem(room), loss=loss)
         try:
@@ -243,7 +249,8 @@ class JointPlanner:
         value = np.where(np.isfinite(options.loss), value + memory * table.values["memory"], np.inf)
         layer = np.repeat(np.arange(len(none)), sizes.num_experts)
         latency = self.situation.costs.latency * (1.0 if by_time else second)
-        return *whole_layers.dearer(value, options.missing, layer), latency
+        waits = (options.missing > 0) | options.away
+        return *whole_layers.dearer(value, waits, layer), latency
 
     def _true_objective(self, sizes: Sizes, options: Options, answer: _Answer) -> float:
         """Seconds per token, or nats where the goal is a latency."""
@@ -251,7 +258,8 @@ class JointPlanner:
             return answer.solution.loss
         rows, choice = np.arange(len(options.used)), answer.solution.choice
         used, missing = options.used[rows, choice], options.missing[rows, choice]
-        return self._seconds(sizes, used.astype(np.uint8), missing, answer.age_step)
+        away = options.away[rows, choice]
+        return self._seconds(sizes, used.astype(np.uint8), missing, answer.age_step, away)
 
     def _at_price(
         self,
@@ -324,9 +332,12 @@ class JointPlanner:
         costs, use = self.situation.costs, self._live_use()
         if whole is not None:
             costs = replace(costs, latency=0.0)
-        table = _Table(options, costs, scale, use, AGES[age_step])
+        there = self.situation.elsewhere
+        call = np.inf if there is None else there.seconds(1)
+        table = _Table(options, costs, scale, use, AGES[age_step], call)
         if whole is not None:
-            forbidden = np.repeat(whole, sizes.num_experts)[:, None] & (options.missing > 0)
+            waits = (options.missing > 0) | options.away
+            forbidden = np.repeat(whole, sizes.num_experts)[:, None] & waits
             for name in ("seconds", "loss"):
                 table.values[name] = np.where(forbidden, np.inf, table.values[name])
         return table
@@ -341,7 +352,15 @@ class JointPlanner:
         """Made once: sizes and losses of a store do not change."""
         if self._options is None:
             self._options = expert_options(sizes, self.loss, self.use, floor=self._floor)
-        return self._options
+        there = self.situation.elsewhere
+        if there is None or not there.available:
+            return self._options
+        if self._options_with is None or not np.array_equal(self._options_with[0], there.level):
+            floor = 0 if self._floor is None else np.asarray(self._floor)
+            level = np.where(there.level >= floor, there.level, -1)
+            with_it = self._options.with_elsewhere(level, self.loss)
+            self._options_with = (there.level.copy(), with_it)
+        return self._options_with[1]
 
     def _live_use(self) -> np.ndarray:
         use = self.situation.use
@@ -366,7 +385,9 @@ class JointPlanner:
         if with_base.any():
             base |= sizes.shared & sizes.chosen(np.where(with_base, used.astype(np.int8), -1))
         loss = options.loss[rows, choice] @ self._scale(options)
-        seconds = self._seconds(sizes, used, options.missing[rows, choice], answer.age_step)
+        away = options.away[rows, choice]
+        missing = options.missing[rows, choice]
+        seconds = self._seconds(sizes, used, missing, answer.age_step, away)
         return Plan(
             sizes.levels,
             np.maximum(held, -1),
@@ -378,20 +399,33 @@ class JointPlanner:
             price=answer.price,
             loss=float(loss),
             seconds=seconds,
+            away=away if away.any() else None,
             loss_limit=goal.loss if goal.loss is not None and goal.latency is None else 0.0,
             caution=self.situation.caution,
         )
 
     def _seconds(
-        self, sizes: Sizes, used: np.ndarray, missing: np.ndarray, age_step: int | None
+        self,
+        sizes: Sizes,
+        used: np.ndarray,
+        missing: np.ndarray,
+        age_step: int | None,
+        away: np.ndarray | None = None,
     ) -> float | None:
-        """Expected per token; missing: [X] bytes that a use needs beside what is held."""
+        """Expected per token; missing: [X] bytes that a use needs beside what is held.  away: bool [X]."""
         if self.situation.costs is None:
             return None
         use = self._live_use()
         age = AGES[FIRST_AGE if age_step is None or age_step < 0 else age_step]
         misses = np.exp(-use * age) * (missing > 0)
-        return self.situation.costs.token_time(sizes, used, use, missing * misses, misses=misses)
+        here, calls = used.astype(np.int64), 0.0
+        if away is not None and away.any():
+            here = np.where(away, -1, here)
+            # A layer sends what it sends in one call.
+            none = [np.prod(1.0 - use) for use in sizes.of_layer(np.where(away, use, 0.0))]
+            calls = self.situation.elsewhere.seconds(1) * float(np.sum(1.0 - np.array(none)))
+        costs = self.situation.costs
+        return calls + costs.token_time(sizes, here, use, missing * misses, misses=misses)
 
     def _finer_than(self, sizes: Sizes, levels: np.ndarray) -> np.ndarray:
         """uint8 [X]: the next finer level of each expert, one that adds to the records of the present
@@ -420,18 +454,28 @@ class _Table:
     """Memory, seconds and loss of every option, float64 [X, O], for a given age of the cache."""
 
     def __init__(
-        self, options: Options, costs: Costs, scale: np.ndarray, use: np.ndarray, age: float
+        self,
+        options: Options,
+        costs: Costs,
+        scale: np.ndarray,
+        use: np.ndarray,
+        age: float,
+        call: float,
     ):
+        """call: seconds of having an expert computed on another machine."""
         stays = np.exp(-use * age)[:, None]
         rows = np.arange(len(use))[:, None]
         offered = np.isfinite(options.loss)
         read = (options.missing > 0) * costs.latency + options.missing / costs.bandwidth
         seconds = costs.compute[rows, options.used] + (1.0 - costs.overlap) * stays * read
+        if options.away.any():
+            seconds = np.where(options.away, call, seconds)
+            offered = offered & np.isfinite(seconds)
         self._sharing, self._shared_bytes = options.sharing, options.shared_bytes
         self.values = {
             "memory": options.held_bytes + options.missing * (1.0 - stays),
             "seconds": np.where(offered, use[:, None] * seconds, np.inf),
-            "loss": options.loss * scale[:, None],
+            "loss": np.where(offered, options.loss * scale[:, None], np.inf),
         }
 
     def problem(self, objective: str, limits: dict[str, float]) -> Problem:

@@ -1,7 +1,7 @@
 """A user who moves: when the way to the sources has become another one, and when it is about to be lost.
 
     interface   the network interface that carries the default route, or any with a carrier, changed
-    source      another source became the one from which bytes come first
+    source      bytes come first from another source, and its figures are others
     step        bandwidth or latency is another by a factor that the smoothing calls a step
     lost, back  no source answers any more; one does again
 
@@ -18,6 +18,9 @@ from dataclasses import dataclass
 from comoe.policy.snapshot import Link
 
 STEP = 2.0  # factor of bandwidth or latency that is another link
+ALIKE = (
+    1.25  # factor up to which another source is no other path: of two alike each is best by turns
+)
 SETTLED = 3  # looks for which a step must last
 TREND_SECONDS = 6.0  # of bandwidths that a trend is fitted to
 LEAST_TREND = 4  # different figures
@@ -43,6 +46,7 @@ class PathWatch:
     def __init__(self) -> None:
         self._last: Path | None = None
         self._up: Link | None = None  # that the present figures are compared with
+        self._source = ""  # from which `_up` is
         self._away = 0
         self._trend: deque[tuple[float, float]] = deque()
         self.log: deque[tuple[float, str]] = deque(maxlen=256)
@@ -53,12 +57,12 @@ class PathWatch:
         last, self._last = self._last, path
         reason = None if last is None else self._changed(last, path)
         if reason is not None:
-            self._up, self._away = path.link, 0
+            self._up, self._source, self._away = path.link, path.source, 0
             if not reason.startswith("bandwidth"):
                 self._trend.clear()
             self.log.append((path.time, reason))
         elif self._up is None:
-            self._up = path.link
+            self._up, self._source = path.link, path.source
         self.losing = self._will_be_lost(path)
         return reason
 
@@ -71,22 +75,23 @@ class PathWatch:
             return None
         if last.link is None:
             return "link back"
-        if last.source != path.source:
-            return f"source {last.source} -> {path.source}"
-        return self._stepped(path.link)
+        return self._stepped(path)
 
-    def _stepped(self, link: Link) -> str | None:
+    def _stepped(self, path: Path) -> str | None:
         """Whether the figures are others for good."""
-        was = self._up
+        was, link = self._up, path.link
         if was is None or not (was.bandwidth.samples and link.bandwidth.samples):
-            self._up = link
+            self._up, self._source = link, path.source
             return None
+        moved = path.source != self._source
         ratio = link.bandwidth.mean / max(was.bandwidth.mean, 1e-9)
         later = link.latency.mean / max(was.latency.mean, 1e-9)
         far = max(abs(math.log(max(ratio, 1e-9))), abs(math.log(max(later, 1e-9))))
-        self._away = self._away + 1 if far > math.log(STEP) else 0
+        self._away = self._away + 1 if far > math.log(ALIKE if moved else STEP) else 0
         if self._away < SETTLED:
             return None
+        if moved:
+            return f"source {self._source} -> {path.source}"
         return f"bandwidth x {ratio:.2g}, latency x {later:.2g}"
 
     def _will_be_lost(self, path: Path) -> bool:

@@ -6,6 +6,7 @@ An option is a pair (held, used). What `used` needs and `held` lacks is read at 
     (h, u)        level h is held, a part of u: planes of 2 bits held, the planes up to 4 bits read
     (SHARED, u)   only what u shares with other experts is held, such as a base
     (NOTHING, u)  plain offloading
+    (ELSEWHERE, u)  nothing is held or read: another machine computes it, at its level u (with_elsewhere)
 
 Pairs whose held records are no part of what is used would only waste memory, and are not made; nor is kept
 what another option of the same expert beats in everything. numpy only.
@@ -13,7 +14,7 @@ what another option of the same expert beats in everything. numpy only.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -22,14 +23,14 @@ from comoe.policy.plan import Levels, Sizes
 from comoe.policy.shared_costs import Sharing
 from comoe.policy.solver import Problem
 
-NOTHING, SHARED = -1, -2  # in `held`, beside the numbers of levels
+NOTHING, SHARED, ELSEWHERE = -1, -2, -3  # in `held`, beside the numbers of levels
 
 
 @dataclass(frozen=True)
 class Options:
     """X experts of all layers in order with at most O options each.
 
-    held: int8 [X, O], a level, NOTHING or SHARED.  used: int8 [X, O], a level.
+    held: int8 [X, O], a level, NOTHING, SHARED or ELSEWHERE.  used: int8 [X, O], a level.
     held_bytes: int64 [X, O] of pool pages, of the expert's own records that are held; what is held and shared
         is in `shared`: int32 [X, O, M], indices into shared_bytes int64 [S], -1 for none.
     missing: int64 [X, O] bytes to read at each use, of its own and shared ones alike: what two experts of a
@@ -52,6 +53,30 @@ class Options:
     def sharing(self) -> Sharing:
         """`shared` for the solver, which keeps there what it learns of it."""
         return Sharing(self.shared)
+
+    @cached_property
+    def away(self) -> np.ndarray:
+        """bool [X, O]: another machine computes it."""
+        return self.held == ELSEWHERE
+
+    def with_elsewhere(self, level: np.ndarray, loss: np.ndarray) -> Options:
+        """These, and for every expert that another machine has, at level int [X] (-1: it has not), that one.
+        loss: float [X, L] as in expert_options."""
+        rows = np.arange(len(level))
+        there = np.asarray(level) >= 0
+        used = np.where(there, level, self.used[:, 0]).astype(np.int8)
+        nats = np.where(there, loss[rows, used], np.inf)
+        added = {
+            "held": np.where(there, ELSEWHERE, self.held[:, 0]).astype(np.int8)[:, None],
+            "used": used[:, None],
+            "held_bytes": np.zeros((len(rows), 1), np.int64),
+            "missing": np.zeros((len(rows), 1), np.int64),
+            "shared": np.full((len(rows), 1, self.shared.shape[2]), -1, self.shared.dtype),
+            "loss": np.where(np.isfinite(nats), nats, np.inf)[:, None],
+        }
+        return replace(
+            self, **{n: np.concatenate([getattr(self, n), new], 1) for n, new in added.items()}
+        )
 
     @property
     def reads(self) -> np.ndarray:

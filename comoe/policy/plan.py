@@ -154,6 +154,7 @@ class Plan:
     pool_bytes: of the pool; spare: those that upgrades above min_level, or a cache of experts, may use.
     price: nats that a second of waiting is worth; inf: nothing is worth waiting for (see misses.LeastCost).
     loss: nats per token, seconds: per token, expected at min_level, if they are known.
+    away: bool [X], another machine computes it, at min_level; None: none.
     loss_limit: nats per token that may be lost in all, at misses too; 0: as many as it takes.  caution: as of
         the Situation that it was made for.
     """
@@ -168,12 +169,19 @@ class Plan:
     price: float = 0.0
     loss: float | None = None
     seconds: float | None = None
+    away: np.ndarray | None = None
     loss_limit: float = 0.0
     caution: float = 1.0
 
+    @property
+    def aimed(self) -> np.ndarray:
+        """int [X]: the levels whose records this machine wants, -1 for none."""
+        levels = self.min_level.astype(np.int64)
+        return levels if self.away is None else np.where(self.away, -1, levels)
+
     @cached_property
     def resident(self) -> bool:
-        """Nothing is ever waited for, once all is loaded."""
+        """Nothing is ever waited for, once all is loaded; what is away is."""
         return bool((self.held >= self.min_level).all())
 
     def describe(self) -> str:
@@ -184,6 +192,8 @@ class Plan:
             held = f"{np.mean(self.held >= self.min_level):.0%} of the experts held"
             if (self.held < 0).all():
                 held = "the last used cached"
+            if self.away is not None and self.away.any():
+                held += f", {np.mean(self.away):.0%} computed on another machine"
             return f"experts at {least}, {held}, the rest read from disk when needed"
         if np.array_equal(self.min_level, self.want_level):
             return f"every expert resident at {least}"

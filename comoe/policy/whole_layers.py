@@ -14,14 +14,14 @@ TRIED = 4  # numbers of whole layers, in halves
 
 
 def dearer(
-    value: np.ndarray, missing: np.ndarray, layer: np.ndarray
+    value: np.ndarray, waits: np.ndarray, layer: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """(int [layers], those that cost least to hold whole first; float [layers], what each costs more then).
 
     value: float [X, O], what an option costs at the present prices of memory, time and loss, without latency; inf: not
-    offered.  missing: [X, O] bytes to be read.  layer: int [X].
+    offered.  waits: bool [X, O], not all of it is here.  layer: int [X].
     """
-    whole = np.where(missing == 0, value, np.inf).min(1)
+    whole = np.where(waits, np.inf, value).min(1)
     # An expert that cannot be held at all makes its layer the last.
     more = np.bincount(layer, np.minimum(whole - value.min(1), 1e300))
     return np.argsort(more, kind="stable"), more

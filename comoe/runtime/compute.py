@@ -123,9 +123,11 @@ class Compute:
         guesses = self._guess(layer_idx, hidden)
         rows = tokens * k / min(spec.num_experts, max(tokens * k, 1))
         part = max(EXPERT_ROWS // (4 * k * (spec.hidden + spec.intermediate)), 1)
-        # Parts would read missing experts again, so there all tokens go through one expert at a time.
+        unpacked = spec.runs_in_torch or rows >= placement.prefill_rows[layer_idx]
+        # Parts would read missing experts again, so there all tokens go through one expert at a time: by the
+        # same kernel, since outputs must not depend on what is resident.
         at_once = tokens <= part or placement.plan.resident
-        if spec.runs_in_torch or rows >= placement.prefill_rows[layer_idx] or not at_once:
+        if unpacked or not at_once:
             policy.note_routing(layer_idx, *routing)
             if low is None:
                 decided = policy.decide(layer_idx, *routing)
@@ -137,8 +139,9 @@ class Compute:
             ahead = policy.read_ahead(layer_idx, guesses)
             used = np.zeros(spec.num_experts, np.uint8)
             out = forward_unpacked(
-                parts.op, layer_idx, spec, hidden, index, top_k_weights, used, ahead, low
-            )
+                parts.op, layer_idx, spec, hidden, index, top_k_weights, used, ahead, low,
+                by_kernel=not unpacked,
+            )  # fmt: skip
             policy.ran(layer_idx, used)
         else:
             out = torch.empty((tokens, spec.hidden), dtype=hidden.dtype)

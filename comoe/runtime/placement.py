@@ -52,7 +52,7 @@ class Placement:
         self._rising = np.minimum(before.min_level, plan.min_level) if rises else None
         self._set_levels()
         base = plan.base
-        aimed = kept = base | parts.sizes.chosen(plan.min_level)
+        aimed = kept = base | parts.sizes.chosen(plan.aimed)
         # What is above the plan stays only while nothing of the plan is missing: it could stand in the
         # way, since speculation spares what has just come.
         if plan.resident and self.has(base):
@@ -89,14 +89,13 @@ class Placement:
         """Asks for what the plan holds and what it aims at: from afar the most valuable increments first."""
         parts = self.parts
         if parts.network is None or not self.follows:
-            aimed = parts.sizes.chosen(self.plan.min_level)
+            aimed = parts.sizes.chosen(self.plan.aimed)
             parts.engine.request(parts.records.in_order(self.base), UPGRADE)
             parts.engine.request(parts.records.in_order(aimed & ~self.base), UPGRADE)
             return
         before = np.maximum(self.planner.use, 1e-9)
         scale = np.clip(parts.live.profile.use() / before, 0.1, 10.0)
-        levels = self.plan.min_level.astype(np.int64)
-        ids = parts.network.order(self.planner.loss, scale, levels)
+        ids = parts.network.order(self.planner.loss, scale, self.plan.aimed)
         held = self.base[ids]
         parts.engine.request(ids[held], UPGRADE)
         parts.engine.request(ids[~held], UPGRADE)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from comoe.runtime.budget import EXPERT_ROWS
-from comoe_kernels.expert_ffn import Workspace, expert_ffn_prefill
+from comoe_kernels.expert_ffn import Workspace, expert_ffn, expert_ffn_prefill
 
 if TYPE_CHECKING:
     from comoe import _C
@@ -38,6 +38,13 @@ def rows_at_once(spec: ExpertsSpec, element: int) -> int:
     return max(EXPERT_ROWS // (element * (2 * spec.hidden + 4 * spec.intermediate)), LEAST_PART)
 
 
+def _by_kernel(spec: ExpertsSpec, expert: _C.PagedExpert, x: torch.Tensor) -> torch.Tensor:
+    """All rows of x [S, H] through one expert: float32 [S, H]."""
+    every = np.arange(len(x), dtype=np.int32)
+    form = {"activation": spec.activation or "silu", "alpha": spec.alpha, "limit": spec.limit}
+    return expert_ffn(x, [expert], [every], [every], len(x), **form)
+
+
 def forward_unpacked(
     op: _C.MoeOp,
     layer_idx: int,
@@ -48,12 +55,15 @@ def forward_unpacked(
     used: np.ndarray,
     ahead: _C.AheadList,
     low: np.ndarray | None = None,
+    *,
+    by_kernel: bool = False,
 ) -> torch.Tensor:
     """Weighted sum of the chosen experts, expert by expert as they become resident.
 
     hidden [T, H]; index int64 [T, K], indices outside [0, E) count as no expert; weights [T, K] of any float dtype.
     used: uint8 [E], set to the level used + 1.  ahead: what to read while this layer computes.
-    low: uint8 [E], levels to start at; None: the planned ones.
+    low: uint8 [E], levels to start at; None: the planned ones.  by_kernel: nothing is unpacked; the decode
+    kernel computes, and the results are bit for bit those of all experts at once.
 
     Experts arrive in the order the disk delivers them, so sums are kept in float64: with K terms of
     24 bits each the order then does not show, and equal inputs give equal outputs.
@@ -65,6 +75,7 @@ def forward_unpacked(
     experts = np.array([e for e in range(spec.num_experts) if bounds[e] < bounds[e + 1]], np.int32)
     total = torch.zeros((tokens, spec.hidden), dtype=torch.float64)
     flat_weights = weights.reshape(-1)
+    rounds = weights.dtype == hidden.dtype  # products, as transformers' own experts do
     workspace = Workspace()
     at_once = rows_at_once(spec, hidden.element_size())
     session = op.session(layer_idx, experts, ahead, low)
@@ -76,6 +87,12 @@ def forward_unpacked(
                 weights_paged = op.expert(layer_idx, expert, level)
                 for part in pairs.split(at_once):
                     rows = part // k
+                    if by_kernel:
+                        result = _by_kernel(spec, weights_paged, hidden[rows])
+                        weighted = result * flat_weights[part, None].float()
+                        weighted = weighted.to(hidden.dtype) if rounds else weighted
+                        total.index_add_(0, rows, weighted.double())
+                        continue
                     x = hidden.new_zeros((padded_rows(rows.numel()), spec.hidden))
                     torch.index_select(hidden, 0, rows, out=x[: rows.numel()])
                     result = expert_ffn_prefill(

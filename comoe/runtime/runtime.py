@@ -60,6 +60,7 @@ UPGRADE_EVERY = 16  # steps between choices of experts that climb; one takes 0.6
 FOLLOW_EVERY = 64  # steps between plans for what the text uses
 PLANNING_SHARE = 0.01  # of the time that planning for the text may take
 KEPT_FREE = 0.01  # share of the machine's memory that is left to others
+MOST_PATIENCE = 512  # steps, of the number below
 CALM_STEPS = 8  # steps without pressure before the pool takes back what it lent
 
 
@@ -122,7 +123,7 @@ class Runtime:
         self._on_close = on_close
         self._lock = threading.RLock()  # one step, or one change of budget, at a time
         self._closed = False
-        self._calm = 0
+        self._calm, self._patience, self._took_back = 0, CALM_STEPS, False
         self._step = 0
         self._keeps_freed = True
         self._per_layer = (
@@ -156,6 +157,7 @@ class Runtime:
         )
         if remote is not None:
             self.live.network = lambda: best_link(remote.sources.links)
+        self._away = self._elsewhere() if network and not config.exact else None
         self.controller = self._controller()
         plan = self.controller.plan
         self.engine, first = open_engine(
@@ -171,7 +173,7 @@ class Runtime:
         self.network = None
         if network and not config.exact:
             sources = None if remote is None else remote.sources
-            self.network = Network(self.engine, self.store_sizes, sources, self._elsewhere())
+            self.network = Network(self.engine, self.store_sizes, sources, self._away)
         self.records = Records(store, table)
         self.missing = MissHandler(self.engine, self.store_sizes)
         self.remote = remote and Remote(
@@ -375,7 +377,10 @@ class Runtime:
     def _controller(self) -> Controller:
         joint = isinstance(self.planner, JointPlanner)
         if joint:
-            self.planner.situation = Situation(self.config.goal(), self.live.costs())
+            away = self._away and self._away.policy
+            self.planner.situation = Situation(
+                self.config.goal(), self.live.costs(), elsewhere=away
+            )
         return Controller(
             self.planner,
             self.store_sizes,
@@ -458,14 +463,18 @@ class Runtime:
         least = self._least_pool()
         target = max(min(planned, allowed), least)
         if target < self.plan.pool_bytes:
-            self._calm = 0
+            # What is lent again and again is not asked back each time: a plan for a goal takes 0.3 s.
+            self._patience = (
+                min(2 * self._patience, MOST_PATIENCE) if self._took_back else self._patience
+            )
+            self._calm, self._took_back = 0, False
             # Room for the next steps as well, since each change stops what is read ahead.
             target = max(target - LONG_STEP, least)
             self.placement.install(self._plan_for(target))
         elif target > self.plan.pool_bytes and not within:
             self._calm += 1
-            if self._calm >= CALM_STEPS:
-                self._calm = 0
+            if self._calm >= self._patience:
+                self._calm, self._took_back = 0, True
                 self.placement.install(self._plan_for(target))
 
     def _least_pool(self) -> int:

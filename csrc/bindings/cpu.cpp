@@ -1,6 +1,5 @@
 // CPU kernels and their threads.
 #include <algorithm>
-#include <array>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -141,8 +140,10 @@ void bind_coded_linear(py::module_& m) {
   m.def(
       "attend",
       [](uintptr_t q, uintptr_t k, uintptr_t v, uintptr_t mask, uintptr_t out, int dtype,
-         const std::array<int64_t, 5>& sizes, const std::array<int64_t, 9>& strides, float scale) {
+         const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides, float scale) {
         check_dtype("attend", dtype);
+        if (sizes.size() != 5 || strides.size() != 9)
+          throw std::invalid_argument("attend: expected 5 sizes and 9 strides");
         AttendArgs args{reinterpret_cast<const void*>(q),
                         reinterpret_cast<const void*>(k),
                         reinterpret_cast<const void*>(v),

@@ -805,27 +805,29 @@ void combine_pairs(const float* pair_out, const float* weights, const int64_t* e
   const int64_t row_bytes = H * dtype_bytes(out_dtype);
   parallel_for(T, 16, [&](int64_t begin, int64_t end, int) {
     constexpr int64_t kPiece = 512;
-    alignas(64) float sum[kPiece], product[kPiece];
+    // In float64, so that the order of the experts does not show: prompts with a disk behind add
+    // them as they come (comoe/runtime/prefill.py), and must give the same bits.
+    alignas(64) double sum[kPiece];
+    alignas(64) float product[kPiece];
     uint16_t narrow[kPiece];
     for (int64_t t = begin; t < end; ++t)
       for (int64_t h = 0; h < H; h += kPiece) {
         const int64_t n = std::min(kPiece, H - h);
-        std::fill(sum, sum + n, 0.0f);
+        std::fill(sum, sum + n, 0.0);
         for (int64_t k = 0; k < K; ++k) {
           const int64_t e = expert_idx[t * K + k];
           if (e < 0 || e >= num_experts) continue;
           const float weight = weights[t * K + k];
           const float* row = pair_out + (t * K + k) * H + h;
+          for (int64_t i = 0; i < n; ++i) product[i] = weight * row[i];
           if (round_products) {
-            for (int64_t i = 0; i < n; ++i) product[i] = weight * row[i];
             kernels.store(product, n, narrow, out_dtype);
             kernels.load(narrow, out_dtype, n, product);
-            for (int64_t i = 0; i < n; ++i) sum[i] += product[i];
-          } else {
-            for (int64_t i = 0; i < n; ++i) sum[i] += weight * row[i];
           }
+          for (int64_t i = 0; i < n; ++i) sum[i] += product[i];
         }
-        kernels.store(sum, n,
+        for (int64_t i = 0; i < n; ++i) product[i] = static_cast<float>(sum[i]);
+        kernels.store(product, n,
                       static_cast<uint8_t*>(out) + t * row_bytes + h * dtype_bytes(out_dtype),
                       out_dtype);
       }

@@ -1,7 +1,9 @@
 #include "rounding.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
+#include <vector>
 
 #include "../cpu/parallel.h"
 
@@ -60,7 +62,106 @@ void round_rows(const RoundColumns& b, int64_t first) {
   }
 }
 
+constexpr int64_t kTileRows = 16;  // of one sum in bin_sums
+
+// f(row, group, first column, columns) over all rows and groups of [begin, end).
+template <class F>
+void for_groups(const GroupedCodes& c, int64_t begin, int64_t end, F&& f) {
+  for (int64_t row = begin; row < end; ++row)
+    for (int64_t g = 0; g < c.groups(); ++g)
+      f(row, g, g * c.group_cols, std::min(c.group_cols, c.cols - g * c.group_cols));
+}
+
+void middles(const GroupedCodes& c, float* bounds) {
+  for (int i = 0; i + 1 < c.entries; ++i) bounds[i] = (c.table[i] + c.table[i + 1]) / 2;
+}
+
+void sums_of_rows(const GroupedCodes& c, const float* diagonal, float unit, const float* bounds,
+                  int64_t begin, int64_t end, double* count, double* total) {
+  for_groups(c, begin, end, [&](int64_t row, int64_t g, int64_t first, int64_t cols) {
+    const float scale = c.scale[row * c.groups() + g], zero = c.zero[row * c.groups() + g];
+    const float square = (scale * unit) * (scale * unit);
+    const float* w = c.weights + row * c.cols + first;
+    for (int64_t j = 0; j < cols; j += kLanes) {
+      const int lanes = static_cast<int>(std::min<int64_t>(kLanes, cols - j));
+      float place[kLanes] = {};
+      int32_t code[kLanes] = {};
+      for (int i = 0; i < lanes; ++i)
+        place[i] = std::min(std::max(w[j + i] / scale + zero, 0.0f), 255.0f);
+      for (int b = 0; b + 1 < c.entries; ++b)
+        for (int i = 0; i < kLanes; ++i) code[i] += place[i] > bounds[b];
+      for (int i = 0; i < lanes; ++i) {
+        const float weight = square * diagonal[first + j + i];
+        count[code[i]] += weight;
+        total[code[i]] += static_cast<double>(weight) * place[i];
+      }
+    }
+  });
+}
+
 }  // namespace
+
+void group_errors(const GroupedCodes& c, const float* diagonal, float* errors) {
+  float bounds[kMaxTable];
+  middles(c, bounds);
+  parallel_for(c.rows, 16, [&](int64_t begin, int64_t end, int) {
+    for_groups(c, begin, end, [&](int64_t row, int64_t g, int64_t first, int64_t cols) {
+      const int64_t at = row * c.groups() + g;
+      const float scale = c.scale[at], zero = c.zero[at];
+      const float* w = c.weights + row * c.cols + first;
+      float sums[kLanes] = {};
+      for (int64_t j = 0; j < cols; j += kLanes) {
+        const int lanes = static_cast<int>(std::min<int64_t>(kLanes, cols - j));
+        float weight[kLanes] = {}, factor[kLanes] = {}, place[kLanes], value[kLanes];
+        for (int i = 0; i < lanes; ++i) weight[i] = w[j + i], factor[i] = diagonal[first + j + i];
+        for (int i = 0; i < kLanes; ++i) place[i] = weight[i] / scale + zero, value[i] = c.table[0];
+        // Bounds rise, so the last one that is passed decides.
+        for (int b = 0; b + 1 < c.entries; ++b)
+          for (int i = 0; i < kLanes; ++i)
+            value[i] = place[i] > bounds[b] ? c.table[b + 1] : value[i];
+        for (int i = 0; i < kLanes; ++i) {
+          const float error = weight[i] - scale * (value[i] - zero);
+          sums[i] += error * error * factor[i];
+        }
+      }
+      float sum = 0;
+      for (float part : sums) sum += part;
+      errors[at] = sum;
+    });
+  });
+}
+
+void bin_sums(const GroupedCodes& c, const float* diagonal, float unit, double* count,
+              double* total) {
+  float bounds[kMaxTable];
+  middles(c, bounds);
+  const int64_t tiles = (c.rows + kTileRows - 1) / kTileRows;
+  std::vector<std::array<double, 2 * kMaxTable>> parts(tiles);
+  parallel_for(tiles, 1, [&](int64_t begin, int64_t end, int) {
+    for (int64_t tile = begin; tile < end; ++tile) {
+      double* part = parts[tile].data();
+      std::fill(part, part + 2 * kMaxTable, 0.0);
+      sums_of_rows(c, diagonal, unit, bounds, tile * kTileRows,
+                   std::min(c.rows, (tile + 1) * kTileRows), part, part + kMaxTable);
+    }
+  });
+  std::fill(count, count + c.entries, 0.0);
+  std::fill(total, total + c.entries, 0.0);
+  for (const auto& part : parts)
+    for (int i = 0; i < c.entries; ++i) count[i] += part[i], total[i] += part[kMaxTable + i];
+}
+
+void decode_codes(const GroupedCodes& c, const uint8_t* code, float* out) {
+  parallel_for(c.rows, 16, [&](int64_t begin, int64_t end, int) {
+    for_groups(c, begin, end, [&](int64_t row, int64_t g, int64_t first, int64_t cols) {
+      const float scale = c.scale[row * c.groups() + g], zero = c.zero[row * c.groups() + g];
+      float values[kMaxTable] = {};
+      for (int i = 0; i < c.entries; ++i) values[i] = scale * (c.table[i] - zero);
+      const int64_t at = row * c.cols + first;
+      for (int64_t j = 0; j < cols; ++j) out[at + j] = values[code[at + j] % kMaxTable];
+    });
+  });
+}
 
 void round_columns(const RoundColumns& block) {
   const int64_t tiles = (block.rows + kLanes - 1) / kLanes;

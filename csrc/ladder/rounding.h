@@ -37,4 +37,29 @@ struct RoundColumns {
 
 void round_columns(const RoundColumns& block);
 
+// A matrix whose groups of `group_cols` columns have a scale and a zero per row each, and one
+// table. Code of a weight: the index of the table entry nearest to weight / scale + zero.
+struct GroupedCodes {
+  int64_t rows = 0, cols = 0, group_cols = 0;
+  const float* weights = nullptr;  // [rows, cols]
+  const float* scale = nullptr;    // [rows, groups]
+  const float* zero = nullptr;     // [rows, groups]
+  const float* table = nullptr;    // [entries], in order
+  int entries = 0;
+  int64_t groups() const { return (cols + group_cols - 1) / group_cols; }
+};
+
+// errors [rows, groups]: sum over a group's columns of diagonal[column] * (weight - decoded)^2.
+void group_errors(const GroupedCodes& codes, const float* diagonal, float* errors);
+
+// Over all weights with a code, by code [entries]: the sum of diagonal[column] * (scale * unit)^2,
+// and of that times the weight's place on the table's scale, weight / scale + zero within [0, 255].
+// The same whatever the number of threads.
+void bin_sums(const GroupedCodes& codes, const float* diagonal, float unit, double* count,
+              double* total);
+
+// out [rows, cols]: scale * (table[code] - zero), of codes [rows, cols] below `entries`; `weights`
+// is not read.
+void decode_codes(const GroupedCodes& codes, const uint8_t* code, float* out);
+
 }  // namespace comoe

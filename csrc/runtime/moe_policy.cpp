@@ -47,8 +47,8 @@ void MoePolicy::set_plan(bool reads, std::unique_ptr<const LeastCost> rule, bool
 
 void MoePolicy::set_losses(std::vector<double> per_square, std::vector<double> nothing) {
   std::lock_guard<std::mutex> lock(mutex_);
-  if (rule_) rule_ = std::make_shared<const LeastCost>(rule_->with_loss(per_square));
-  account_.set_losses(std::move(per_square), std::move(nothing));
+  account_.set_losses(per_square, std::move(nothing));
+  if (rule_) rule_ = std::make_shared<const LeastCost>(rule_->with_loss(std::move(per_square)));
 }
 
 void MoePolicy::set_loss_limit(double limit, double most) {
