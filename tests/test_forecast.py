@@ -8,7 +8,8 @@ import pytest
 
 from comoe.cli import main
 from comoe.config import CoMoEConfig
-from comoe.forecast import Forecaster, Model, choices
+from comoe.forecast import Forecaster, Model, choices, device_of
+from comoe.overheads import Overheads
 from comoe.policy.devices import load_device
 from comoe.policy.plan import LADDER, BudgetError, EvenPlanner, Sizes, all_cached
 from comoe.policy.residency import cache_age, missing_of
@@ -230,3 +231,30 @@ def test_bad_input(cli, arguments, match):
 def test_a_folder_that_is_no_store(capsys, tmp_path):
     assert main(["plan", str(tmp_path), "--device", "rpi5"]) == 1
     assert "error: " in capsys.readouterr().err
+
+
+def test_this_machine_has_its_own_overheads(tmp_path):
+    """What tokens take beside bytes is measured, on the disk of the store, and not assumed."""
+    asked = []
+
+    def examine(folder, *, disk_bytes):
+        return {
+            "bandwidth": {
+                "memory_read": 2e10,
+                "disk": {"bytes_per_second": 1e9, "latency_seconds": 1e-4},
+            },
+            "memory": {"total": 8e9},
+            "cpu": {"model": "a CPU", "cores": 2},
+        }
+
+    def overheads(folder, bandwidth):
+        asked.append((folder, bandwidth))
+        return Overheads(1e-3, 2e-3, 3e-5, 4e-4)
+
+    packed = tmp_path / "packed"
+    packed.mkdir()
+    device = device_of("measured", packed, examine, overheads)
+    assert (device.step_overhead, device.layer_overhead) == (1e-3, 2e-3)
+    assert (device.deciding_overhead, device.disk_latency) == (3e-5, 4e-4)
+    assert asked == [(tmp_path, 1e9)]
+    assert device_of("rpi5", packed, examine, overheads) == load_device("rpi5") and len(asked) == 1
