@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
 
 import pytest
 import torch
@@ -116,10 +115,4 @@ def test_the_model_as_transformers_runs_it(packed):
         want = plain(input_ids=ids, decoder_input_ids=ids).logits
         got = model(input_ids=ids, decoder_input_ids=ids).logits
     assert (want - got).abs().max() < 1e-3 * want.abs().max()
-    model.comoe.close()
-
-
-def test_rounded_dense_layers_leave_nothing_of_the_source_mapped(packed):
-    model = comoe.load(packed, memory="100MB", dense="bits8")
-    assert str(packed / "model.safetensors") not in Path("/proc/self/maps").read_text()
     model.comoe.close()

@@ -46,12 +46,6 @@ def start_runtime(
     """Binds `blocks`, whose weights lie in `store`, to a new Runtime and hangs it on the model. remote: what
     `store` is the local copy of; it is closed with the Runtime."""
 
-    if config.dense != "source":
-        # One norm that is still a view of the source's file would keep all of its pages that were read resident.
-        for parameter in model.parameters():
-            if parameter.is_floating_point():
-                parameter.data = parameter.data.clone()
-
     def close() -> None:
         detach(blocks)
         on_close()
