@@ -148,6 +148,8 @@ def speed(model: Any, job: dict[str, Any]) -> dict[str, Any]:
     prefill()  # makes code, and fills caches
     result = {"prefill_tokens_per_second": prompt.shape[1] / prefill()}
     result |= timed_decode(feed, job)
+    if not job["blocks"]:
+        return result
     tokens = job["block_steps"]
     times = BlockTimes(model, compiled)
     feed(tokens[0])
