@@ -91,6 +91,10 @@ def load_comoe(job: dict[str, Any]):
     from comoe.baseline import warm_up
 
     options = dict(job["options"])
+    if "text_ids" in job:
+        options.pop(
+            "compile", None
+        )  # whole passes are not compiled, and the compiler would take memory
     if job.get("cap"):
         from comoe.runtime.budget import memory_within
 
