@@ -149,8 +149,8 @@ def code_dense(model: nn.Module, blocks: Sequence[MoEBlock], bits: int) -> None:
         name, weight = before.popitem()
         if weight not in coded:
             coded[weight] = nn.Parameter(encode_linear(weight, bits), requires_grad=False)
-            if not any(other is weight for other in before.values()):
-                weight.data = torch.empty(0, dtype=weight.dtype)  # the original goes
+        if not any(other is weight for other in before.values()):
+            weight.data = torch.empty(0, dtype=weight.dtype)  # the original goes
         model.get_submodule(name).weight = coded[weight]
 
 
