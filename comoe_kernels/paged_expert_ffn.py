@@ -37,7 +37,7 @@ from comoe_kernels.ladder_codec import BF16, FP16, Shape
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "relu2": 4, "quick_gelu": 5}
 DECODE_TOKENS = 16
 # (tokens, outputs of a program, warps)
-DECODE_UP, DECODE_DOWN, PREFILL = (16, 32, 8), (16, 16, 4), (64, 32, 8)
+DECODE_UP, DECODE_DOWN, PREFILL = (16, 32, 8), (16, 16, 8), (64, 32, 8)
 SPLIT = (
     1  # programs that share the items of a tile of outputs in decode; their sums are added after
 )
