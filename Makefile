@@ -24,13 +24,14 @@ QEMU ?= qemu-aarch64
 SUITABLE := import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 10))
 WHICH := import sys; print(sys.base_prefix, sys.version_info[:3])
 
-.PHONY: help demo test test-gpu bench bench-gpu lint format sanitize test-arm native-test build clean
+.PHONY: help demo test test-gpu sanitize-gpu bench bench-gpu profile lint format sanitize test-arm native-test build clean
 
 help:
 	@echo "make demo         run the bundled model in less and less memory"
 	@echo "make test         native tests, then pytest"
-	@echo "make test-gpu     the tests that need a CUDA device"
+	@echo "make test-gpu     the tests that need a CUDA device; make sanitize-gpu: under compute-sanitizer"
 	@echo "make bench        benchmarks on the CPU; make bench-gpu: on a CUDA device"
+	@echo "make profile      the GPU benchmark under Nsight Systems"
 	@echo "make lint         ruff and clang-format; make format: apply them"
 	@echo "make sanitize     native tests under ASan + UBSan, then under TSan"
 	@echo "make test-arm     native tests built for aarch64, run under qemu"
@@ -44,7 +45,16 @@ test: native-test
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-gpu: build
+	$(BIN)/python csrc/ninja_build.py --gpu
 	$(BIN)/python -m pytest -m gpu -rs $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -rs tests/test_paged_expert_ffn.py tests/test_dequant_matmul.py tests/test_merged_lowrank_matmul.py
+
+sanitize-gpu: build
+	@command -v compute-sanitizer >/dev/null || { \
+	  echo "error: make sanitize-gpu needs compute-sanitizer, which comes with the CUDA toolkit" >&2; exit 1; }
+	$(BIN)/python csrc/ninja_build.py --gpu --build-only
+	compute-sanitizer --tool memcheck --error-exitcode 1 build/native-gpu/test_gpu_plane
+	compute-sanitizer --tool racecheck --error-exitcode 1 build/native-gpu/test_gpu_plane
 
 # Every kernel once, in less than a minute on two idle cores; BENCH_ARGS: of pytest, such as --write or -k disk.
 BENCH = $(BIN)/python -m pytest bench -o python_files='bench_*.py' -o tmp_path_retention_policy=none --benchmark-quiet --timeout 600
@@ -52,8 +62,17 @@ BENCH = $(BIN)/python -m pytest bench -o python_files='bench_*.py' -o tmp_path_r
 bench: build
 	$(BENCH) -m "not gpu" $(BENCH_ARGS)
 
+# The script has its own arguments: --quick, --json, --write.
 bench-gpu: build
-	$(BENCH) -m gpu -rs $(BENCH_ARGS)
+	$(BIN)/python csrc/ninja_build.py --gpu --build-only
+	$(BIN)/python bench/gpu.py $(BENCH_ARGS)
+
+profile: build
+	@command -v nsys >/dev/null || { \
+	  echo "error: make profile needs nsys (Nsight Systems); see bench/profile.md" >&2; exit 1; }
+	nsys profile --trace=cuda,nvtx,osrt --force-overwrite=true --output=build/profile \
+	  $(BIN)/python bench/gpu.py --quick $(BENCH_ARGS)
+	nsys stats --report nvtx_sum,cuda_gpu_kern_sum,cuda_gpu_mem_time_sum build/profile.nsys-rep
 
 CPP_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' | sort)
 

@@ -82,6 +82,7 @@ def per_row_seconds(weight: torch.Tensor, moment: _Moment, bits: int, rows: int)
 def scaled(side: int, run) -> float:
     """Seconds of run(side), measured on at most LARGEST and scaled by the cube."""
     small = min(side, LARGEST)
+    run(8)  # the first call loads the library
     return seconds(lambda: run(small)) * (side / small) ** 3
 
 

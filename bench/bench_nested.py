@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -153,14 +154,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         packed = comoe.pack(model_folder(), Path(scratch) / "packed")
         calibrate(packed, {"library": library_text()}, tokens=args.tokens, memory="200MB")
+        rows: list[dict] = []
         with Workshop(packed, memory="200MB") as shop:
-            rows = measure(shop, packed, args.max_tokens)
-    if args.write:
-        known = {"conditions": conditions(), "calibration_tokens": args.tokens, "rows": rows}
-        (RESULTS / "nested.json").write_text(json.dumps(known, indent=1) + "\n")
+            for row in measure(shop, packed, args.max_tokens):
+                rows.append(row)
+                if args.write:  # at once: it takes a quarter of an hour
+                    known = {"conditions": conditions(), "calibration_tokens": args.tokens}
+                    text = json.dumps({**known, "rows": rows}, indent=1) + "\n"
+                    (RESULTS / "nested.json").write_text(text)
 
 
-def measure(shop: Workshop, packed: Path, max_tokens: int | None) -> list[dict]:
+def measure(shop: Workshop, packed: Path, max_tokens: int | None) -> Iterator[dict]:
+    """A row of each menu."""
     menus, errors, sensitivities = [], [], []
     with shop.judge() as judge:
         for statistics in shop.statistics:
@@ -177,7 +182,6 @@ def measure(shop: Workshop, packed: Path, max_tokens: int | None) -> list[dict]:
         )
     ids, _ = encode(comoe.load_tokenizer(packed), held_out_text(), max_tokens)
     windows = plan_windows(len(ids), WINDOW, CONTEXT)
-    rows = []
     with Judge(shop.model, shop.weights, ids, windows) as judge:
         for name, levels in MENUS.items():
             choices = {f: losses.solve(f, levels=(*levels, *REST)).choice for f in FRACTIONS}
@@ -193,8 +197,7 @@ def measure(shop: Workshop, packed: Path, max_tokens: int | None) -> list[dict]:
                 row[f"{fraction:g}"] = {"over_exact": round(over, 4), "kl": round(verdict.kl, 4)}
                 print(f"{name} {fraction:.0%}: {over:+.2%} / {verdict.kl:.4f}", flush=True)
             print(f"{name} bytes read: {read}", flush=True)
-            rows.append(row)
-    return rows
+            yield row
 
 
 if __name__ == "__main__":

@@ -38,7 +38,8 @@ class Variant:
 
     def __init__(self, model, static: bool):
         self.model, self.static = model, static
-        self.clock = MoEClock(model, decoding=True)
+        # Hooks would be compiled with the rest, and a clock cannot be.
+        self.clock = MoEClock(torch.nn.Identity() if static else model, decoding=True)
         self.seconds: list[float] = []
         self.moe: list[float] = []
 

@@ -11,7 +11,7 @@ each with `default` (rungs, nothing waited for; 40% of the experts' bytes), `bal
 `exact` (original weights, of which 50% fit). Of each point:
 
     step         milliseconds of a step          moe     of them in experts_forward
-    begin        what comoe does before a pass, the slowest of the run
+    begin        what comoe does before a pass
     plan         planning anew for a budget      change  set_memory, until it returns
     load         comoe.load, without reading ahead
 
@@ -191,7 +191,7 @@ def measure(folder: Path, point: Point, mode: str) -> dict[str, float]:
     return {
         "step": 1e3 * float(np.median(steps[WARM_UP:])),
         "moe": 1e3 * float(np.median(inner)),
-        "begin": 1e3 * max(before.seconds),
+        "begin": 1e3 * float(np.median(before.seconds)),
         "plan": plan,
         "change": change,
         "load": 1e3 * load,

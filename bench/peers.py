@@ -181,6 +181,7 @@ class Bench:
         folder = self.files(peer, demo)
         job = job | peer.job | {"system": peer.worker, "folder": str(folder), "file": str(folder)}
         job |= {"threads": os.cpu_count(), "context_tokens": 512}
+        job["blocks"] = cap is None  # under a limit a pass of its own would take some peers minutes
         # A level is held as asked; else what the limit leaves is used.
         if cap is not None and "level" not in peer.job:
             job["cap"] = cap

@@ -100,8 +100,9 @@ class Peer:
         result = {"prefill_tokens_per_second": len(job["prompt"]) / seconds}
         result |= timed_decode(lambda token: self.feed(context, [token]), job)
         llama_cpp.llama_free(context)
-        result["moe_seconds_per_token"] = self.seconds_after(b"ffn_norm-")
-        result["experts_seconds_per_token"] = self.seconds_after(b"ffn_moe_weights_norm-")
+        if job["blocks"]:
+            result["moe_seconds_per_token"] = self.seconds_after(b"ffn_norm-")
+            result["experts_seconds_per_token"] = self.seconds_after(b"ffn_moe_weights_norm-")
         return result
 
     def seconds_after(self, begin: bytes) -> float:

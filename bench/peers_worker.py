@@ -91,6 +91,10 @@ def load_comoe(job: dict[str, Any]):
     from comoe.baseline import warm_up
 
     options = dict(job["options"])
+    if "text_ids" in job:
+        options.pop(
+            "compile", None
+        )  # whole passes are not compiled, and the compiler would take memory
     if job.get("cap"):
         from comoe.runtime.budget import memory_within
 
@@ -148,6 +152,8 @@ def speed(model: Any, job: dict[str, Any]) -> dict[str, Any]:
     prefill()  # makes code, and fills caches
     result = {"prefill_tokens_per_second": prompt.shape[1] / prefill()}
     result |= timed_decode(feed, job)
+    if not job["blocks"]:
+        return result
     tokens = job["block_steps"]
     times = BlockTimes(model, compiled)
     feed(tokens[0])

@@ -407,6 +407,7 @@ def m_smoe(folder: Path, budget: int | None, keep: int = 37) -> Method:
 
         block.layout.bind(block.module, run)
     memory.give_back_free()
+    memory.reset_peak()  # merging is done once, elsewhere
     return Method(model, about={"experts held": keep * len(blocks), "per layer": keep})
 
 

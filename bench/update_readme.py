@@ -42,10 +42,12 @@ SWITCH_ROWS = {
     "plain": "plain transformers, bf16",
     "accelerate@4.7GB": "accelerate, experts on disk",
     "lru@4.7GB": "experts on demand, LRU",
-    "m-smoe-37": "M-SMoE, merged to 37 experts",
     "comoe@4.7GB": "**comoe**",
     "comoe@2.4GB": "**comoe**",
     "comoe@1.6GB": "**comoe**",
+    "comoe@4.7GB dense8": "**comoe**, dense 8 bits",
+    "comoe@2.4GB dense8": "**comoe**, dense 8 bits",
+    "comoe@1.6GB dense8": "**comoe**, dense 8 bits",
 }
 PEER_CASES = ("resident", "2 GiB", "1 GiB")
 PEERS = {
@@ -54,9 +56,11 @@ PEERS = {
     "llama.cpp bf16": "llama.cpp bf16",
     "llama.cpp Q4_K_M": "llama.cpp Q4_K_M",
     "comoe exact": "**comoe** exact",
+    "comoe exact, compiled": "**comoe** exact, compiled",
     "comoe 4 bits": "**comoe** 4 bits",
     "comoe 4 bits, dense 8, compiled": "**comoe** 4 bits, dense 8 bits, compiled",
     "comoe quality=high": "**comoe** quality=high",
+    "comoe as fits, dense 8, compiled": "**comoe** as fits, dense 8 bits, compiled",
 }
 FRACTIONS = (0.3, 0.2, 0.14, 0.1)
 MERGING = (
@@ -149,7 +153,11 @@ def switch_table(figures: dict) -> str:
                 gigabytes(row["budget"]) if row.get("budget") else "none",
                 gigabytes(row["peak_rss"]),
                 f"{row['mean_ms_per_token']:.1f}",
-                f"{plain / row['mean_ms_per_token']:.2f}x" if plain else "1x",
+                f"{plain / row['mean_ms_per_token']:.2f}x"
+                if plain
+                else "1x"
+                if name == "plain"
+                else "-",
                 f"{row['encoder_ms']:.0f}",
                 bits,
                 loss,

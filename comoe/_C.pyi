@@ -355,6 +355,19 @@ def round_columns(
     lower: np.ndarray | None = None,
     width: int = 0,
 ) -> tuple: ...
+def round_values(values: np.ndarray, to: str) -> np.ndarray: ...
+def route(
+    logits: np.ndarray,
+    kind: str,
+    k: int,
+    normalise: bool = False,
+    num_groups: int = 1,
+    top_groups: int = 1,
+    scale: float = 1.0,
+    choice_bias: Any = None,
+    round_logits: str = "float32",
+    round_weights: str = "float32",
+) -> tuple: ...
 def router_logits(
     weight: int, bias: int, dtype: int, E: int, H: int, x: int, x_dtype: int
 ) -> np.ndarray: ...

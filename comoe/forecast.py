@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from comoe.policy.assumed import assumed_losses
 from comoe.policy.controller import Controller
 from comoe.policy.costs import Costs
 from comoe.policy.devices import Device
+from comoe.policy.elsewhere import FIRST_LINK, Elsewhere, calls_per_token
 from comoe.policy.goal import QUALITIES
 from comoe.policy.joint import GoalError, JointPlanner, Situation
 from comoe.policy.plan import BudgetError, Plan, Planner, Sizes
@@ -35,11 +37,13 @@ from comoe.runtime.budget import Budget, ModelSizes
 from comoe.runtime.engine import RecordTable, pool_floor, slab_bytes, store_sizes
 from comoe.runtime.runtime import RECORD_BYTES, SCRATCH_BYTES, planner_of
 from comoe.store import Store
+from comoe.store.identity import store_id
 from comoe_kernels.coded_linear import coded_linear_bytes
 
 if TYPE_CHECKING:
     from comoe.overheads import Overheads
 
+PINGS, PING_SECONDS = 5, 5.0
 POINTS = 12  # of the frontier, from the least memory to enough for all
 
 
@@ -132,10 +136,12 @@ class Model:
 
 @dataclass
 class Forecaster:
-    """Outlooks of one model on one device, for what a CoMoEConfig asks (its memory apart)."""
+    """Outlooks of one model on one device, for what a CoMoEConfig asks (its memory apart). elsewhere: another machine
+    that computes experts, see server_of."""
 
     model: Model
     device: Device
+    elsewhere: Elsewhere | None = None
     _planners: dict[bool, Planner] = field(default_factory=dict, repr=False)
 
     @cached_property
@@ -163,7 +169,7 @@ class Forecaster:
             )
         planner = self._planners[key]
         if isinstance(planner, JointPlanner):
-            planner.situation = Situation(config.goal(), self.costs)
+            planner.situation = Situation(config.goal(), self.costs, elsewhere=self.elsewhere)
         return planner
 
     def _budget(self, memory: int, least: np.ndarray) -> Budget:
@@ -203,9 +209,14 @@ class Forecaster:
     def of_plan(self, memory: int, plan: Plan) -> Outlook:
         sizes, (loss, use) = self.model.sizes, self.model.losses
         read, misses = missing_of(sizes, plan, use)
-        compute, stall = self.costs.layer_times(sizes, plan.min_level, use, read, misses=misses)
+        away = np.zeros(len(use), bool) if plan.away is None else plan.away
+        here = np.where(away, -1, plan.min_level.astype(np.int64))
+        compute, stall = self.costs.layer_times(sizes, here, use, read, misses=misses)
+        waited = float(stall.sum())
+        if away.any():
+            waited += self.elsewhere.seconds(1) * calls_per_token(away, use, sizes.num_experts)
         outside = self.costs.outside(sizes, resident=plan.resident)
-        seconds = float(outside + compute.sum() + stall.sum())
+        seconds = float(outside + compute.sum() + waited)
         num_bytes = float(use @ read)
         chosen = loss[np.arange(len(loss)), plan.min_level]
         return Outlook(
@@ -214,7 +225,7 @@ class Forecaster:
             seconds,
             outside,
             float(compute.sum()),
-            float(stall.sum()),
+            waited,
             num_bytes,
             self.costs.token_joules(seconds, num_bytes),
             float(chosen.sum()) if np.isfinite(chosen).all() else None,
@@ -361,6 +372,36 @@ def plot(rows: list[dict[str, Any]], outlooks: list[Outlook], path: Path, title:
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
     return path
+
+
+def server_of(model: Model, url: str, token_file: str | None) -> Elsewhere:
+    """The machine at `url` as a plan sees it: what it has, and the round trip to it; bandwidth and computing are
+    assumed until calls are made. Raises Refused if it serves another store, ExpertServerError if it does not answer.
+    """
+    from comoe.tiers.expert_client import ExpertClient, Refused
+    from comoe.tiers.expert_token import read_token
+    from comoe.tiers.expert_wire import row_bytes
+
+    store = model.store
+    client = ExpertClient(url, read_token(token_file))
+    try:
+        trips = []
+        for _ in range(PINGS):
+            begin = perf_counter()
+            info = client.info(PING_SECONDS)
+            trips.append(perf_counter() - begin)
+        counts = [layer.num_experts for layer in store.layers]
+        same = info.store_id == store_id(store) and info.level_names == store.levels.names
+        if not same or [len(layer) for layer in info.levels] != counts:
+            raise Refused(
+                f"{url}: it serves another store than {model.folder}; start `comoe serve-experts` on the same one"
+            )
+        width = row_bytes(max(layer.geometry.hidden for layer in store.layers), client.wire)
+    finally:
+        client.close()
+    level = np.concatenate(info.levels).astype(np.int64)
+    prior = Link(FIRST_LINK.bandwidth, Estimate(min(trips)))
+    return Elsewhere(level, width, prior=prior)
 
 
 def device_of(

@@ -155,8 +155,10 @@ def group_params(
 
 @triton.jit
 def coded_block(
-    pages,
-    page_stride,
+    pages0,
+    pages1,
+    pages2,
+    pages3,
     page_bytes,
     header_offset,
     offset0,
@@ -171,7 +173,9 @@ def coded_block(
     BITS: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """value - zero of rows first_row .. first_row + ROWS (multiples of 16), columns 32 * block ..: int32
+    """pages0 ..: addresses of the pages of the records that hold the planes (those that BITS needs).
+
+    value - zero of rows first_row .. first_row + ROWS (multiples of 16), columns 32 * block ..: int32
     [ROWS, 32] of at most 255 in size, which bf16 holds exactly. Weights that do not exist are not 0: the
     activation of such a column and the scale of such a row are."""
     row = first_row + tl.arange(0, ROWS)
@@ -180,18 +184,15 @@ def coded_block(
     column = block + row * 0
     present = (row < rows) & (column < blocks)
     number = (row // 16) * blocks + column
-    code = _plane(pages, page_bytes, offset0, number, present, lane_row, 2)
+    code = _plane(pages0, page_bytes, offset0, number, present, lane_row, 2)
     if BITS >= 3:
-        at = pages + page_stride
-        code = code * 2 + _plane(at, page_bytes, offset1, number, present, lane_row, 1)
+        code = code * 2 + _plane(pages1, page_bytes, offset1, number, present, lane_row, 1)
     if BITS >= 4:
-        at = pages + 2 * page_stride
-        code = code * 2 + _plane(at, page_bytes, offset2, number, present, lane_row, 1)
+        code = code * 2 + _plane(pages2, page_bytes, offset2, number, present, lane_row, 1)
     if BITS == 8:
-        at = pages + 3 * page_stride
-        value = code * 16 + _plane(at, page_bytes, offset3, number, present, lane_row, 4)
+        value = code * 16 + _plane(pages3, page_bytes, offset3, number, present, lane_row, 4)
     else:
         TABLE: tl.constexpr = 8 if BITS == 2 else (12 if BITS == 3 else 20)  # in the header
-        entries = _address(pages, header_offset + TABLE, page_bytes).to(tl.pointer_type(tl.uint8))
+        entries = _address(pages0, header_offset + TABLE, page_bytes).to(tl.pointer_type(tl.uint8))
         value = tl.load(entries + code).to(tl.int32)
     return value - zero[:, None]

@@ -79,8 +79,10 @@ def add_group(
     x_stride,
     token,
     present,
-    pages,
-    page_stride,
+    pages0,
+    pages1,
+    pages2,
+    pages3,
     page_bytes,
     header_offset,
     params_offset,
@@ -98,13 +100,15 @@ def add_group(
 ):
     """acc [BLOCK_T, ROWS] + x[token, 128 columns] @ W[first_row .. + ROWS, 128 columns].T"""
     scale, zero = group_params(
-        pages, page_bytes, header_offset, params_offset, rows, cols, first_row, group, ROWS
+        pages0, page_bytes, header_offset, params_offset, rows, cols, first_row, group, ROWS
     )
     sums = tl.zeros_like(acc)
     for b in range(4):
         values = coded_block(
-            pages,
-            page_stride,
+            pages0,
+            pages1,
+            pages2,
+            pages3,
             page_bytes,
             header_offset,
             offset0,
@@ -178,7 +182,9 @@ def _dequant_matmul_kernel(
                 tokens,
                 present,
                 own,
-                page_stride,
+                own + page_stride,
+                own + 2 * page_stride,
+                own + 3 * page_stride,
                 page_bytes,
                 header_offset,
                 params_offset,

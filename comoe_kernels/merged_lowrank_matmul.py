@@ -115,7 +115,9 @@ def _merged_lowrank_kernel(
                 tokens,
                 present,
                 own,
-                page_stride,
+                own + page_stride,
+                own + 2 * page_stride,
+                own + 3 * page_stride,
                 page_bytes,
                 header_offset,
                 params_offset,
@@ -150,7 +152,9 @@ def _merged_lowrank_kernel(
             for block in range(0, (rank + 31) // 32):
                 values = coded_block(
                     factor,
-                    u_page_stride,
+                    factor + u_page_stride,
+                    factor + 2 * u_page_stride,
+                    factor + 3 * u_page_stride,
                     u_page_bytes,
                     u_header_offset,
                     u_offset0,

@@ -25,7 +25,10 @@ ISA_FLAGS = {
 BASE_FLAGS = (
     "-std=c++17 -O3 -g1 -fPIC -fvisibility=hidden -Wall -Wextra -Wno-unused-parameter -pthread"
 )
-CUDA_FLAGS = "-std=c++17 -O3 -lineinfo -Xcompiler -fPIC,-fvisibility=hidden -Xptxas -warn-spills"
+# A kernel that spills registers is an error: each of ours is on the way of every token.
+CUDA_FLAGS = (
+    "-std=c++17 -O3 -lineinfo -Xcompiler -fPIC,-fvisibility=hidden -Xptxas -warn-spills,-Werror"
+)
 SANITIZERS = {
     "": "",
     "address": "-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer",
@@ -237,13 +240,13 @@ def build_extension(build_dir: Path, output: Path) -> None:
         f"-I{shlex.quote(pybind11.get_include())} -I{shlex.quote(sysconfig.get_paths()['include'])}"
     )
     nvcc = find_nvcc(build_dir)
-    cuda_sources = sorted(CSRC.rglob("*.cu")) if nvcc else []
+    cuda_sources = sorted((CSRC / "cuda").glob("*.cu")) if nvcc else []
     cuda_define = " -DCOMOE_CUDA=1" if cuda_sources else ""
     sources = engine_sources(machine)
     objects = {s: f"{BASE_FLAGS}{cuda_define} {source_flags(s)}" for s in sources}
     bindings = sorted((CSRC / "bindings").glob("*.cpp"))
     objects.update({s: f"{BASE_FLAGS}{cuda_define} {include}" for s in bindings})
-    link_flags = "-pthread -Wl,--gc-sections"
+    link_flags = "-pthread -Wl,--gc-sections -ldl"
     if cuda_sources:
         link_flags += " " + cuda_library_flags(nvcc)
     write_ninja(
@@ -275,10 +278,31 @@ def build_tests(
         objects,
         links,
         cxx=cxx or find_cxx(),
-        link_flags=f"-pthread {SANITIZERS[sanitizer]}{static}",
+        link_flags=f"-pthread {SANITIZERS[sanitizer]}{static} -ldl",
     )
     run_ninja(build_dir)
     return list(links)
+
+
+def build_gpu_tests(build_dir: Path) -> list[Path]:
+    """Compiles each csrc/gpu_tests/test_*.cu with the engine and the kernels; returns them."""
+    nvcc = find_nvcc(build_dir)
+    if nvcc is None:
+        raise BuildError("--gpu needs nvcc: put it on PATH or set CUDA_HOME, and leave COMOE_CUDA")
+    sources = engine_sources(platform.machine())
+    kernels = sorted((CSRC / "cuda").glob("*.cu"))
+    tests = sorted((CSRC / "gpu_tests").glob("test_*.cu"))
+    write_ninja(
+        build_dir,
+        {s: f"{BASE_FLAGS} -DCOMOE_CUDA=1 {source_flags(s)}" for s in sources},
+        {build_dir / t.stem: [*sources, *kernels, t] for t in tests},
+        cxx=find_cxx(),
+        link_flags=f"-pthread -ldl {cuda_library_flags(nvcc)}",
+        cuda_sources=[*kernels, *tests],
+        nvcc=nvcc,
+    )
+    run_ninja(build_dir)
+    return [build_dir / t.stem for t in tests]
 
 
 def run_tests(programs: list[Path], runner: list[str]) -> list[str]:
@@ -301,21 +325,32 @@ def main() -> None:
     parser.add_argument(
         "--runner", default="", help="command put before each test program (an emulator)"
     )
+    parser.add_argument("--gpu", action="store_true", help="those of csrc/gpu_tests, with nvcc")
+    parser.add_argument(
+        "--build-only", action="store_true", help="for another machine, or a sanitizer"
+    )
     args = parser.parse_args()
     build_dir = (
         args.build_dir
-        or CSRC.parent / "build" / f"native-{args.machine or args.sanitizer or 'plain'}"
+        or CSRC.parent
+        / "build"
+        / f"native-{args.machine or args.sanitizer or ('gpu' if args.gpu else 'plain')}"
     )
     runner = shlex.split(args.runner)
     if args.sanitizer == "thread" and not runner and shutil.which("setarch"):
         # GCC 12's TSan does not know the address layout of kernels with 32 random bits.
         runner = ["setarch", "-R"]
-    programs = build_tests(build_dir.resolve(), args.sanitizer, args.cxx, args.machine)
+    if args.gpu:
+        programs = build_gpu_tests(build_dir.resolve())
+    else:
+        programs = build_tests(build_dir.resolve(), args.sanitizer, args.cxx, args.machine)
     unknown = set(args.names) - {p.name for p in programs}
     if unknown or not programs:
         raise BuildError(
             f"no native test {', '.join(sorted(unknown))}; there are: {' '.join(p.name for p in programs)}"
         )
+    if args.build_only:
+        return
     failed = run_tests([p for p in programs if not args.names or p.name in args.names], runner)
     if failed:
         raise BuildError(f"native tests that failed: {' '.join(failed)}")

@@ -122,6 +122,7 @@ def test_unknown_option_lists_the_known_ones():
         ({"max_context": True}, TypeError, "max_context: expected a whole number"),
         ({"exact": 1}, TypeError, "exact: expected True or False"),
         ({"device": ""}, TypeError, "device: expected a name"),
+        ({"device": "cuda"}, ValueError, "device: expected 'cpu', got 'cuda'"),
         ({"memory": "lots"}, ValueError, "memory: expected a size"),
     ],
 )

@@ -1,5 +1,6 @@
 """A running model whose missing experts another machine computes."""
 
+import json
 import time
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from expert_server import TOKEN, serving
 
 import comoe
+from comoe.cli import main
 from comoe.config import CoMoEConfig
 from comoe.policy.misses import SENT
 
@@ -129,3 +131,17 @@ def test_settings_are_checked(tmp_path):
         CoMoEConfig.create(expert_server="http://host")
     with pytest.raises(ValueError, match="exact: expected no expert_server"):
         CoMoEConfig.create(exact=True, expert_server="http://host", expert_token_file="t")
+
+
+def test_a_plan_with_a_server_and_without(packed_demo, host, token_file, capsys):
+    """`comoe plan` asks the server what it has; behind a slow disk some experts are left to it."""
+    device = ["--device", "rpi5", "--memory", "6MB", "--quality", "0.0005", "--json"]
+    plans = []
+    with serving(host) as (url, _):
+        for more in ([], ["--expert-server", url, "--expert-token-file", str(token_file)]):
+            assert main(["plan", str(packed_demo), *device, *more]) == 0
+            plans.append(json.loads(capsys.readouterr().out)["plans"][0])
+    alone, both = plans
+    assert alone["loss"] <= 0.0005 and both["loss"] <= 0.0005
+    assert both["tokens_per_second"] >= alone["tokens_per_second"]
+    assert main(["plan", str(packed_demo), *device, "--expert-server", url]) != 0

@@ -220,3 +220,37 @@ def test_codes_do_not_depend_on_the_scale_of_the_moments():
     # Powers of two, so that not even rounding differs.
     two = round_expert(matrices, [m * 1024 for m in moments], anchor=2)
     np.testing.assert_array_equal(one[0], two[0])
+
+
+@pytest.mark.parametrize("entries", [4, 16])
+@pytest.mark.parametrize("shape", [(7, 131), (33, 256), (1, 5)])
+def test_native_parts_against_torch(shape, entries):
+    """Errors of groups, sums of bins and decoding, on groups of 128 columns of which the last may be narrow."""
+    torch.manual_seed(entries)
+    rows, cols = shape
+    groups = -(-cols // 128)
+    weight = torch.randn(shape)
+    scale, zero = torch.rand(rows, groups) / 30 + 0.01, torch.rand(rows, groups) * 255
+    table, diagonal = (torch.rand(entries) * 255).sort().values, torch.rand(cols)
+    grouping = (128, scale.numpy(), zero.numpy(), table.numpy())
+    of = torch.arange(cols) // 128
+    place = weight / scale[:, of] + zero[:, of]
+    code = torch.bucketize(place, (table[1:] + table[:-1]) / 2)
+    decoded = scale[:, of] * (table[code] - zero[:, of])
+    found = _C.decode_codes(code.to(torch.uint8).numpy(), *grouping)
+    assert np.array_equal(found, decoded.numpy())
+    error = ((weight - decoded).square() * diagonal).double()
+    want = torch.zeros(rows, groups).double().index_add_(1, of, error)
+    found = _C.group_errors(weight.numpy(), *grouping, diagonal.numpy())
+    np.testing.assert_allclose(found, want.numpy(), rtol=1e-5)
+    code = torch.bucketize(place.clamp(0, 255), (table[1:] + table[:-1]) / 2).reshape(-1)
+    mass = ((scale[:, of] * 3).square() * diagonal).double().reshape(-1)
+    count, total = _C.bin_sums(weight.numpy(), *grouping, diagonal.numpy(), 3.0)
+    want = torch.zeros(entries).double().index_add_(0, code, mass)
+    np.testing.assert_allclose(count, want.numpy(), rtol=1e-5)
+    want.zero_().index_add_(0, code, mass * place.clamp(0, 255).double().reshape(-1))
+    np.testing.assert_allclose(total, want.numpy(), rtol=1e-5)
+    with pytest.raises(ValueError, match=r"diagonal must have shape"):
+        _C.group_errors(weight.numpy(), *grouping, diagonal[:-1].numpy())
+    with pytest.raises(ValueError, match="2 to 16 table entries"):
+        _C.group_errors(weight.numpy(), *grouping[:3], np.zeros(17, np.float32), diagonal.numpy())

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from comoe.cli import serving
 from comoe.cli.common import count_bar, output, quiet_transformers
 from comoe.config import CoMoEConfig, format_bytes, parse_bytes
 from comoe.policy.devices import MEASURED, load_device
@@ -74,6 +75,8 @@ def plan(
     prefetch: Annotated[
         bool, typer.Option("--prefetch", help="Of --replay: all policies read ahead.")
     ] = False,
+    expert_server: serving.ExpertServer = None,
+    expert_token_file: serving.ExpertTokenFile = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the result as JSON, and nothing else, to stdout.")
     ] = False,
@@ -91,6 +94,8 @@ def plan(
             rows = replay_rows(path, replay, memory, bandwidth, latency, tokens, prefetch)
             emit(rows) if as_json else show_replay(rows)
             return
+        if (expert_server is None) != (expert_token_file is None):
+            raise typer.BadParameter("--expert-server and --expert-token-file belong together")
         budgets = [parse_bytes(size, "--memory") for size in memory or []]
         config = CoMoEConfig(
             exact=exact,
@@ -99,7 +104,16 @@ def plan(
             max_context=context,
             dense=dense,
         )
-        found = forecasts(path, budgets, device, config, explain=explain, plot=plot)
+        found = forecasts(
+            path,
+            budgets,
+            device,
+            config,
+            explain=explain,
+            plot=plot,
+            server=expert_server,
+            token_file=expert_token_file,
+        )
         emit(found) if as_json else show_forecasts(found)
 
 
@@ -118,6 +132,8 @@ def forecasts(
     *,
     explain: bool,
     plot: Path | None,
+    server: str | None = None,
+    token_file: str | None = None,
 ) -> dict[str, Any]:
     """{plans: a summary for each budget, frontier: rows if a plot is wanted, plot: its path}."""
     if device != MEASURED:
@@ -128,7 +144,8 @@ def forecasts(
     from comoe import forecast, memory
 
     model = forecast.Model.open(path, config.dense)
-    forecaster = forecast.Forecaster(model, forecast.device_of(device, path))
+    there = server and forecast.server_of(model, server, token_file)
+    forecaster = forecast.Forecaster(model, forecast.device_of(device, path), there)
     if not budgets:
         has = memory.available() if device == MEASURED else forecaster.device.compute_memory
         budgets = [int(0.75 * has)]

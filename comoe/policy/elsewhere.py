@@ -27,6 +27,14 @@ LATE = 3.0  # times what it should take
 LEAST_PATIENCE, MOST_PATIENCE = 0.02, 0.2  # seconds on top of what a call should take
 
 
+def calls_per_token(away: np.ndarray, use: np.ndarray, num_experts: np.ndarray) -> float:
+    """Expected calls: a layer sends all that it sends in one. away: bool [X].  use: [X], probability that a token
+    uses the expert.  num_experts: int [layers]."""
+    ends = np.cumsum(num_experts)[:-1]
+    none = [np.prod(1.0 - sent) for sent in np.split(np.where(away, use, 0.0), ends)]
+    return float(np.sum(1.0 - np.array(none)))
+
+
 class Elsewhere:
     """One server.
 

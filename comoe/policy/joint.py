@@ -23,7 +23,7 @@ import numpy as np
 
 from comoe.policy import whole_layers
 from comoe.policy.costs import Costs
-from comoe.policy.elsewhere import Elsewhere
+from comoe.policy.elsewhere import Elsewhere, calls_per_token
 from comoe.policy.goal import Goal
 from comoe.policy.options import SHARED, Options, expert_options
 from comoe.policy.plan import EvenPlanner, Plan, Sizes, all_cached, require_room
@@ -421,9 +421,8 @@ class JointPlanner:
         here, calls = used.astype(np.int64), 0.0
         if away is not None and away.any():
             here = np.where(away, -1, here)
-            # A layer sends what it sends in one call.
-            none = [np.prod(1.0 - use) for use in sizes.of_layer(np.where(away, use, 0.0))]
-            calls = self.situation.elsewhere.seconds(1) * float(np.sum(1.0 - np.array(none)))
+            calls = calls_per_token(away, use, sizes.num_experts)
+            calls *= self.situation.elsewhere.seconds(1)
         costs = self.situation.costs
         return calls + costs.token_time(sizes, here, use, missing * misses, misses=misses)
 

@@ -41,6 +41,8 @@ def missing_of(sizes: Sizes, plan: Plan, use: np.ndarray) -> tuple[np.ndarray, n
     needed = sizes.needs[plan.min_level] & (sizes.records >= 0)
     absent = needed & ~plan.base[np.maximum(sizes.records, 0)]
     lacking = np.where(absent, sizes.record_bytes[sizes.records], 0).sum(1).astype(float)
+    if plan.away is not None:
+        lacking[plan.away] = 0
     use = np.clip(use, 0.0, 1.0)
     missed = np.exp(-use * cache_age(lacking, use, plan.spare)) if lacking.any() else np.zeros(0)
     # An expert that is never used is missing for ever, at no cost.

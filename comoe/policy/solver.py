@@ -28,6 +28,7 @@ import numpy as np
 from comoe.policy.shared_costs import Groups, LocalSearch, Sharing, priced_values
 
 GAP = 1e-4  # the search ends when what is left over is worth less than this share of the loss
+SAME = 1e-4  # multipliers nearer than this share are one: whose edges lie between them is up to the fill
 MAX_STEPS = 60  # of each search for one multiplier
 FIRST_FACTOR = 1.05  # from a multiplier to the next one tried; squared each time
 MAX_FILLS = 24  # rounds of the greedy fill
@@ -36,10 +37,12 @@ TINY = 1e-300
 CLOSE = 1e-2  # a quicker search will do if it ends within this share of the bound
 MANY = 500  # experts from which the sums are smooth enough for it
 MAX_NEWTON = 24  # steps of it
+MOST_IDLE = 5  # of them that come no nearer
 AHEAD = 1.05  # factor of a multiplier for differences
 SMOOTH = 0.02  # logarithm of a multiplier over which steps of single experts average out
 FLAT = 1e-3  # share of a limit that a factor e must change at least
 MOST_REACH = 100.0
+MOST = 1e25  # beyond that no price makes a limit hold
 FARTHEST = 1e-12  # of where it starts; a price below that is as good as none
 REACH = 1.0  # of its first step, in logarithms
 STEPS_APART = 4.0  # mean shares of an expert from the limits at which it ends
@@ -335,7 +338,11 @@ class _Newton:
         slopes = self._differences(now, over)
         reach = np.full(now.size, REACH)  # of a step in each logarithm
         before = np.zeros(now.size)
+        apart, idle = math.inf, 0
         for _ in range(MAX_NEWTON):
+            apart, idle = (self._apart, 0) if self._apart < apart else (apart, idle + 1)
+            if idle > MOST_IDLE:
+                break  # experts that are alike change all at once: the sums have steps, and no slopes
             if (over <= 0).all() and (over >= -STEPS_APART * margin).all():
                 filled = _fill(self.priced, self._last)
                 if filled.objective - self.bound <= CLOSE * abs(filled.objective):
@@ -348,7 +355,7 @@ class _Newton:
             reach = np.where(turned, np.maximum(0.5 * reach, 0.5 * REACH), reach)
             reach = np.where(far & ~turned, 2.0 * reach, reach)
             now, before = now * np.exp(np.minimum(step, MOST_REACH)), step
-            if not ((now > self._least) & np.isfinite(now)).all():
+            if not ((now > self._least) & (now < MOST)).all():
                 break
             last, over = over, self.at(now)
             if far.any():
@@ -436,7 +443,7 @@ class _Search:
         limit = self.limits[r]
         for step in range(MAX_STEPS):
             high = best.multipliers[r]
-            if self._spent(r, best) or high <= low * (1 + 1e-9):
+            if self._spent(r, best) or high <= low * (1 + SAME):
                 break
             if below is not None:
                 rows = np.flatnonzero(below.choice != best.choice)

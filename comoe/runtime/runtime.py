@@ -61,6 +61,7 @@ FOLLOW_EVERY = 64  # steps between plans for what the text uses
 PLANNING_SHARE = 0.01  # of the time that planning for the text may take
 KEPT_FREE = 0.01  # share of the machine's memory that is left to others
 MOST_PATIENCE = 512  # steps, of the number below
+LENT_STEPS = 16  # sizes of the pool between nothing and the plan's for which plans are made while some is lent
 CALM_STEPS = 8  # steps without pressure before the pool takes back what it lent
 
 
@@ -124,6 +125,8 @@ class Runtime:
         self._lock = threading.RLock()  # one step, or one change of budget, at a time
         self._closed = False
         self._calm, self._patience, self._took_back = 0, CALM_STEPS, False
+        self._lent_from: Plan | None = None  # the plan from whose memory some is lent
+        self._lent_plans: dict[int, Plan] = {}  # by bytes of pool that are left
         self._step = 0
         self._keeps_freed = True
         self._per_layer = (
@@ -405,9 +408,23 @@ class Runtime:
 
     def _plan_for(self, pool_bytes: int) -> Plan:
         """The controller's plan, or with less memory for a while what comes nearest to its goal."""
+        full = self.controller.plan
         pool_bytes = pool_bytes // self._slab_bytes * self._slab_bytes
-        if pool_bytes >= self.controller.plan.pool_bytes:
-            return self.controller.plan
+        if pool_bytes >= full.pool_bytes:
+            return full
+        if not self.placement.follows:
+            return self._new_plan(pool_bytes)
+        # Plans for a goal take long, and much the same is lent again and again.
+        if self._lent_from is not full:
+            self._lent_from, self._lent_plans = full, {}
+        grain = max(full.pool_bytes // LENT_STEPS // self._slab_bytes, 1) * self._slab_bytes
+        coarse = pool_bytes // grain * grain
+        pool_bytes = coarse if coarse >= self._least_pool() else pool_bytes
+        if pool_bytes not in self._lent_plans:
+            self._lent_plans[pool_bytes] = self._new_plan(pool_bytes)
+        return self._lent_plans[pool_bytes]
+
+    def _new_plan(self, pool_bytes: int) -> Plan:
         try:
             return self.planner.plan(self.store_sizes, pool_bytes, exact=self.config.exact)
         except GoalError as error:
@@ -475,7 +492,9 @@ class Runtime:
             self._calm += 1
             if self._calm >= self._patience:
                 self._calm, self._took_back = 0, True
-                self.placement.install(self._plan_for(target))
+                plan = self._plan_for(target)
+                if plan is not self.plan:
+                    self.placement.install(plan)
 
     def _least_pool(self) -> int:
         """Bytes of pool, in whole slabs, that the present plan can work with."""

@@ -25,5 +25,6 @@ void bind_cpu(py::module_& m);
 void bind_moe(py::module_& m);
 void bind_policy(py::module_& m);
 void bind_device(py::module_& m);
+void bind_plane(py::module_& m);
 
 }  // namespace comoe

@@ -9,4 +9,5 @@ PYBIND11_MODULE(_C, m) {
   comoe::bind_moe(m);
   comoe::bind_policy(m);
   comoe::bind_device(m);
+  comoe::bind_plane(m);
 }

@@ -20,9 +20,8 @@ static const T* checked(const Array<T>& array, std::initializer_list<int64_t> sh
   if (!fits) {
     std::string expected;
     for (int64_t size : shape) expected += (expected.empty() ? "" : ", ") + std::to_string(size);
-    throw std::invalid_argument(std::string("round_columns: ") + name + " must have shape [" +
-                                expected + "], got " +
-                                std::string(py::str(py::tuple(array.attr("shape")))));
+    throw std::invalid_argument(std::string("rounding: ") + name + " must have shape [" + expected +
+                                "], got " + std::string(py::str(py::tuple(array.attr("shape")))));
   }
   return array.data();
 }

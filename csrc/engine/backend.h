@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 #include <string>
 #include <vector>
 
@@ -13,6 +14,10 @@ namespace comoe {
 class RemoteReader;
 
 enum class ReadStatus : uint8_t { ok, failed, corrupt };
+
+// Whether a page that left the residency table may be written again: at once, when what runs now
+// has gone on, or only after the step that runs now, which reads it.
+enum class Reuse : uint8_t { now, later, held };
 
 // One record on its way into its pages. `pages` stays valid until the read has been reported done.
 struct ReadJob {
@@ -66,6 +71,10 @@ class Backend {
   virtual void unmap_slab(int slab) = 0;
   virtual uint8_t* page_address(int32_t page) = 0;
   virtual void copy_page(int32_t from, int32_t to) = 0;
+  // The first bytes of a page, for tests and tools.
+  virtual void read_page(const uint8_t* page, int64_t bytes, uint8_t* out) const {
+    std::memcpy(out, page, static_cast<size_t>(bytes));
+  }
 
   // Reads. Never fails itself: errors come back through read_done.
   virtual void start_read(const ReadJob& job) = 0;
@@ -80,6 +89,11 @@ class Backend {
   // be reused when completed() >= n.
   virtual uint64_t launched() const = 0;
   virtual uint64_t completed() const = 0;
+  // The same for a device whose steps say which records they read (device/reclaim.h): it may free
+  // pages out of turn. step_passed() is called whenever an answer changes.
+  virtual Reuse reuse(uint64_t step) const {
+    return completed() >= step ? Reuse::now : Reuse::later;
+  }
 
   virtual void stop() = 0;  // ends all reads; no event comes after it has returned
 };

@@ -457,8 +457,11 @@ bool Core::make_room(int64_t pages, const Coldness& limit, Room room) {
   while (pool_.free_pages() < pages && map_one_slab()) {
   }
   int64_t missing = pages - pool_.free_pages();
+  // Not those that the running step reads: it may be the one that waits for this room.
   for (const Reclaim& reclaim : reclaiming_)
-    if (!pool_.is_draining(pool_.slab_of(reclaim.page))) --missing;
+    if (!pool_.is_draining(pool_.slab_of(reclaim.page)) &&
+        backend_->reuse(reclaim.step) != Reuse::held)
+      --missing;
   std::vector<int32_t> victims, kept;
   while (missing > 0 && !heap_.empty()) {
     if (!(heap_.front() < limit)) break;
@@ -504,16 +507,16 @@ void Core::evict_record(int32_t r) {
 void Core::retire_page(int32_t page) {
   page_owner_[page] = -1;
   const uint64_t step = backend_->launched();
-  if (backend_->completed() >= step)
+  if (backend_->reuse(step) == Reuse::now)
     pool_.free(page);
   else
     reclaiming_.push_back({page, step});
 }
 
 void Core::step_passed() {
-  const uint64_t completed = backend_->completed();
-  auto still = std::partition(reclaiming_.begin(), reclaiming_.end(),
-                              [&](const Reclaim& r) { return r.step > completed; });
+  auto still = std::partition(reclaiming_.begin(), reclaiming_.end(), [&](const Reclaim& r) {
+    return backend_->reuse(r.step) != Reuse::now;
+  });
   for (auto it = still; it != reclaiming_.end(); ++it) pool_.free(it->page);
   reclaiming_.erase(still, reclaiming_.end());
   speculation_blocked_ = false;
@@ -800,7 +803,8 @@ void Core::check_invariants() const {
   for (const Reclaim& reclaim : reclaiming_) {
     require(owner[reclaim.page] < 0 && !pool_.is_free(reclaim.page),
             "a page being reclaimed is unused");
-    require(reclaim.step > backend_->completed(), "a page is free as soon as its step has passed");
+    require(backend_->reuse(reclaim.step) != Reuse::now,
+            "a page is free as soon as its step has passed");
     ++used;
   }
   for (int s = 0; s < pool_.num_slabs(); ++s)

@@ -8,6 +8,7 @@
 #include <cstring>
 #include <map>
 #include <mutex>
+#include <set>
 #include <stdexcept>
 #include <unordered_set>
 
@@ -23,8 +24,10 @@ namespace {
 // reader of files and the engine to send reads of bad local copies to the remote reader.
 class CpuBackend final : public Backend, private BackendEvents {
  public:
-  explicit CpuBackend(const EngineConfig& config)
-      : config_(config), pages_per_slab_(static_cast<int>(config.slab_bytes / config.page_bytes)) {
+  CpuBackend(const EngineConfig& config, const SlabHooks& hooks)
+      : config_(config),
+        hooks_(hooks),
+        pages_per_slab_(static_cast<int>(config.slab_bytes / config.page_bytes)) {
     const int64_t physical = int64_t{sysconf(_SC_PHYS_PAGES)} * sysconf(_SC_PAGESIZE);
     stride_ = config.slab_bytes < kHuge ? config.slab_bytes
                                         : (config.slab_bytes + kHuge - 1) / kHuge * kHuge;
@@ -45,6 +48,8 @@ class CpuBackend final : public Backend, private BackendEvents {
   }
   ~CpuBackend() override {
     stop();
+    if (hooks_.unmapping)
+      for (int slab : mapped_) hooks_.unmapping(slab_address(slab), config_.slab_bytes);
     munmap(reserved_, reserved_bytes_);
   }
 
@@ -94,14 +99,17 @@ class CpuBackend final : public Backend, private BackendEvents {
       return false;
     // Only a wish: where the system has none, small pages serve as well.
     if (config_.slab_bytes >= kHuge) madvise(slab_address(slab), config_.slab_bytes, MADV_HUGEPAGE);
-    return true;
+    if (!hooks_.mapped || hooks_.mapped(slab_address(slab), config_.slab_bytes)) {
+      mapped_.insert(slab);
+      return true;
+    }
+    drop_slab(slab);
+    return false;
   }
   void unmap_slab(int slab) override {
-    // Mapping over it drops the pages and keeps the addresses reserved.
-    if (mmap(slab_address(slab), config_.slab_bytes, PROT_NONE,
-             MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0) == MAP_FAILED)
-      madvise(slab_address(slab), config_.slab_bytes,
-              MADV_DONTNEED);  // out of mappings: drop the pages
+    mapped_.erase(slab);
+    if (hooks_.unmapping) hooks_.unmapping(slab_address(slab), config_.slab_bytes);
+    drop_slab(slab);
   }
   uint8_t* page_address(int32_t page) override {
     return slab_address(page / pages_per_slab_) + page % pages_per_slab_ * config_.page_bytes;
@@ -168,15 +176,24 @@ class CpuBackend final : public Backend, private BackendEvents {
   }
   void step_passed() override { events_->step_passed(); }
 
+  void drop_slab(int slab) {
+    // Mapping over it drops the pages and keeps the addresses reserved.
+    if (mmap(slab_address(slab), config_.slab_bytes, PROT_NONE,
+             MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0) == MAP_FAILED)
+      madvise(slab_address(slab), config_.slab_bytes,
+              MADV_DONTNEED);  // out of mappings: drop the pages
+  }
   uint8_t* slab_address(int slab) { return base_ + int64_t{slab} * stride_; }
 
   const EngineConfig config_;
+  const SlabHooks hooks_;
   const int pages_per_slab_;
   int64_t stride_;  // from one slab's address to the next one's
   int max_slabs_;
   size_t reserved_bytes_;
   uint8_t* reserved_;
-  uint8_t* base_;  // aligned to huge pages
+  uint8_t* base_;         // aligned to huge pages
+  std::set<int> mapped_;  // slabs, under the engine's lock
 
   // Taken after the engine's lock and before the readers'.
   mutable std::mutex routes_mutex_;
@@ -191,8 +208,8 @@ class CpuBackend final : public Backend, private BackendEvents {
 
 }  // namespace
 
-std::unique_ptr<Backend> make_cpu_backend(const EngineConfig& config) {
-  return std::make_unique<CpuBackend>(config);
+std::unique_ptr<Backend> make_cpu_backend(const EngineConfig& config, const SlabHooks& hooks) {
+  return std::make_unique<CpuBackend>(config, hooks);
 }
 
 }  // namespace comoe

@@ -162,6 +162,24 @@ void Session::close() {
   state_->notify();
 }
 
+bool Session::poll(std::vector<Ready>& ready) {
+  EngineState& s = *state_;
+  std::lock_guard<std::mutex> lock(s.mutex);
+  ready.clear();
+  if (!s.core.has_session(id_)) return false;
+  const Next result = s.core.next(id_, ready);
+  if (result != Next::failed) return result != Next::end;
+  s.require_open();
+  fail(s);
+  return false;
+}
+
+// With the lock held.
+void Session::fail(const EngineState& s) const {
+  if (s.core.is_budget_error(id_)) throw BudgetError(s.core.error(id_));
+  throw ReadError(s.core.error(id_));
+}
+
 bool Session::next(std::vector<Ready>& ready) {
   EngineState& s = *state_;
   std::unique_lock<std::mutex> lock(s.mutex);
@@ -173,8 +191,7 @@ bool Session::next(std::vector<Ready>& ready) {
     if (result == Next::end) return false;
     if (result == Next::failed) {
       s.require_open();
-      if (s.core.is_budget_error(id_)) throw BudgetError(s.core.error(id_));
-      throw ReadError(s.core.error(id_));
+      fail(s);
     }
     s.require_open();
     const auto begin = Clock::now();
@@ -210,6 +227,8 @@ int32_t Engine::add_file(const std::string& path) {
   state_->require_open();
   return state_->backend->add_file(path);
 }
+
+int64_t Engine::file_bytes(int32_t file) const { return state_->backend->file_bytes(file); }
 
 int32_t Engine::add_remote_file(const std::string& path) {
   remote();
@@ -312,8 +331,8 @@ void Engine::copy_out(int32_t record, int64_t bytes, uint8_t* out) const {
               std::to_string(bytes));
   const int64_t page_bytes = state_->config.page_bytes;
   for (int64_t at = 0; at < bytes; at += page_bytes)
-    std::memcpy(out + at, core.addresses(record)[at / page_bytes],
-                std::min(page_bytes, bytes - at));
+    state_->backend->read_page(core.addresses(record)[at / page_bytes],
+                               std::min(page_bytes, bytes - at), out + at);
 }
 
 void Engine::request(const int32_t* ids, int64_t count, Priority priority, int32_t distance) {

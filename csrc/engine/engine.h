@@ -61,11 +61,14 @@ class Session {
   // ReadError on a failed read, BudgetError if a need does not fit the budget, EngineClosed; and
   // what the interrupt check throws.
   bool next(std::vector<Ready>& ready);
+  // The same without waiting: `ready` may come back empty.
+  bool poll(std::vector<Ready>& ready);
   void done(int32_t need);  // unpins
   void close();             // what the destructor does; then next() says that all is done
 
  private:
   friend class Engine;
+  void fail(const EngineState& s) const;
   Session(std::shared_ptr<EngineState> state, int32_t id) : state_(std::move(state)), id_(id) {}
   std::shared_ptr<EngineState> state_;
   int32_t id_;
@@ -86,7 +89,8 @@ class Engine {
   int32_t add_file(const std::string& path);
   // See Backend::add_remote_file. Its records' bytes come through remote().
   int32_t add_remote_file(const std::string& path);
-  RemoteReader& remote();  // throws where the device has none
+  int64_t file_bytes(int32_t file) const;  // throws std::out_of_range
+  RemoteReader& remote();                  // throws where the device has none
   void set_local(const int32_t* ids, int64_t count, bool local);
   int32_t add_records(const RecordInfo* infos, int64_t count);  // first id
   // See Core::add_experts.

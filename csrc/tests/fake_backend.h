@@ -36,6 +36,7 @@ class FakeBackend final : public Backend {
   int slab_limit = 1 << 30;       // mapping more is an error of the engine
   bool refuse_memory = false;     // map_slab fails
   bool reads_begin_late = false;  // cancel_read succeeds
+  bool steps_hold = false;        // the running step reads what left while it ran
   std::map<int32_t, Running> running;
   std::map<int32_t, std::vector<int32_t>> published;
   std::vector<std::set<int32_t>> steps;  // running ones, oldest first: pages that each may read
@@ -127,6 +128,9 @@ class FakeBackend final : public Backend {
   }
   uint64_t launched() const override { return launched_; }
   uint64_t completed() const override { return completed_; }
+  Reuse reuse(uint64_t step) const override {
+    return completed_ >= step ? Reuse::now : steps_hold ? Reuse::held : Reuse::later;
+  }
   void stop() override {}
 
   std::string fingerprint() const {
