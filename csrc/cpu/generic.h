@@ -619,8 +619,8 @@ inline void project_rows(Load&& load_at, int64_t rows, int64_t cols, const float
     int64_t c = 0;
     for (; c + kLanes <= cols; c += kLanes)
       for (int i = 0; i < kLanes; ++i) sums[i] += load_at(r * cols + c + i) * x[c + i];
-    // In halves, which the compiler keeps in vectors: one after the other they took as long as 1,000
-    // columns.
+    // In halves, which the compiler keeps in vectors: one after the other they took as long as
+    // 1,000 columns.
     for (int half = kLanes / 2; half > 0; half /= 2)
       for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
     float total = sums[0];

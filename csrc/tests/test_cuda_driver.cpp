@@ -1,5 +1,7 @@
 // The CUDA device through a driver of this test's own: what it asks for, and what it says when that
 // fails. Where there is a GPU, COMOE_TEST_GPU=1 also runs the engine's stress on it.
+#include <dlfcn.h>
+
 #include <cstdlib>
 #include <cstring>
 #include <map>
@@ -140,7 +142,8 @@ void test_memory_and_copies() {
 
 void test_what_is_wrong_is_said() {
   CHECK_THROWS(load_driver("libcomoe_no_such_driver.so"), DeviceError, "there is no NVIDIA driver");
-  CHECK_THROWS(load_driver("libc.so.6"), DeviceError, "has no cuInit: it is too old");
+  if (dlopen("libc.so.6", RTLD_NOW))  // not there where all is linked in, as for an emulator
+    CHECK_THROWS(load_driver("libc.so.6"), DeviceError, "has no cuInit: it is too old");
   p = {};
   p.version = 11080;
   CHECK_THROWS(make_driver_device(table, 0), DeviceError, "made for CUDA 11.8, comoe needs 12.0");
