@@ -22,10 +22,10 @@ from transformers import DynamicCache
 import comoe
 from comoe import memory
 from comoe.config import format_bytes, parse_bytes
+from comoe.runtime.engine import RESIDENT
 
 SPEED = 1.25  # times the phase's own speed
 SETTLED = 3  # tokens in a row that must be as quick
-RESIDENT = 2
 
 
 class Watch(threading.Thread):

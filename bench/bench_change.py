@@ -38,7 +38,7 @@ import comoe
 from comoe.demo import PROMPT, model_folder
 from comoe.generate import TokenStream
 from comoe.policy.curve import Curve, CurvePlanner
-from comoe.runtime.placement import RESIDENT
+from comoe.runtime.engine import RESIDENT
 from comoe.store import Store
 
 CHANGES = ((0.3, 0.2), (0.2, 0.3), (0.3, 0.14), (0.14, 0.3))

@@ -48,6 +48,7 @@ from comoe import memory
 from comoe.config import format_bytes
 from comoe.policy.joint import GoalError
 from comoe.policy.plan import BudgetError
+from comoe.runtime.engine import RESIDENT
 
 SHAPE = {"layers": 4, "experts": 32, "top_k": 4, "hidden": 256, "intermediate": 128}
 GROWTH = 4e6  # bytes over the whole run that the interval of the slope may allow
@@ -55,7 +56,6 @@ CHECKPOINT_SECONDS = 15.0
 FRESH_JOBS = 25  # that one process of the comparing side computes
 SETTLING = 0.1  # share of the run that does not count for the slope
 BROKEN_OFF = 0.05  # share of jobs
-RESIDENT = 2
 # torch keeps code for up to 1,024 shapes that it met: random ones fill that for a quarter of an hour, in plain
 # transformers too, which would hide a leak of ours. So prompts are padded to few widths, and it keeps less.
 WIDTHS = (1, 2, 5, 12, 30, 75, 190)

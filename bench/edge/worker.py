@@ -24,6 +24,7 @@ import torch
 import comoe
 from comoe.policy.misses import Wait
 from comoe.policy.plan import BudgetError, Plan, Sizes, all_cached
+from comoe.runtime.engine import PREFETCH, RESIDENT, UPGRADE
 
 WINDOW = 128  # tokens before the context starts anew
 
@@ -80,7 +81,7 @@ def as_contender(runtime, name: str) -> None:
 
 def forget_finer(runtime) -> None:
     """The state after the coarsest rungs were pulled: nothing finer is here."""
-    for kind in (1, 2):
+    for kind in (PREFETCH, UPGRADE):
         runtime.engine.cancel(kind)
     runtime.engine.wait_idle(20)
     finer = ~runtime.store_sizes.chosen(runtime.store_sizes.all_at(0))
@@ -174,7 +175,7 @@ def row(runtime, at: float, took: float, logp: np.ndarray, want: np.ndarray, bef
     """Of one token: when, how long, its divergence from the exact model, bits per weight that are here."""
     want = want.astype(np.float32)
     kl = float((np.exp(want) * (want - logp)).sum())
-    here = runtime.engine.resident() == 2
+    here = runtime.engine.resident() == RESIDENT
     share = float(runtime.records.payload_bytes(here)) / runtime.records.exact_bytes()
     return {"t": at, "ms": 1e3 * took, "kl": max(kl, 0.0), "bits": 16 * share,
             "network": runtime.engine.stats()["remote_bytes"]}  # fmt: skip

@@ -8,6 +8,8 @@ from comoe import _C
 from comoe.policy.plan import Levels, Sizes
 from comoe.store import LayerInfo, Store
 
+PREFETCH, UPGRADE = 1, 2  # classes of transfers, as of csrc/engine/types.h; 0: demand
+ABSENT, RESIDENT = 0, 2  # states of a record, as of csrc/engine/core.h; 1: loading
 SLAB_SHARE = 64  # a slab is at most this fraction of the pool, so that it shrinks in small steps
 HUGE_PAGE = 2 << 20
 LEAST_SLAB = 4 << 20  # where the pool is large enough: fewer mappings, longer runs of pages

@@ -7,8 +7,8 @@ import numpy as np
 from comoe import _C
 from comoe.policy.misses import SENT, SKIP, Chosen, LeastCost, MissRule
 from comoe.policy.plan import Sizes
+from comoe.runtime.engine import RESIDENT
 
-RESIDENT = 2  # state of a record in the engine
 _EARLIER = np.tri(256, k=-1, dtype=bool)
 
 

@@ -21,10 +21,10 @@ from comoe.policy.mobility import Path, PathWatch, carriers
 from comoe.policy.plan import Plan, Sizes
 from comoe.policy.snapshot import Estimate, Link
 from comoe.runtime.elsewhere import ExpertsElsewhere
+from comoe.runtime.engine import RESIDENT
 from comoe.runtime.live import Live
 from comoe.tiers.sources import Sources
 
-RESIDENT = 2
 DEADLINE = 0.05  # seconds: what should come later than that is not waited for
 WAIT_PRICE = 1.0  # nats per second, where the plan waits for nothing once all has come
 NO_LINK = Link(Estimate(1e3), Estimate(1.0))  # while no source may be asked

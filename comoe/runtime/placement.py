@@ -8,12 +8,10 @@ from comoe.policy.joint import JointPlanner
 from comoe.policy.misses import MissRule
 from comoe.policy.plan import Plan, Planner
 from comoe.policy.upgrades import UpgradePolicy
+from comoe.runtime.engine import ABSENT, PREFETCH, RESIDENT, UPGRADE
 from comoe.runtime.missing import native_rule
 from comoe.runtime.parts import Parts
 from comoe_kernels.expert_ffn import prefill_rows
-
-PREFETCH, UPGRADE = 1, 2  # classes of transfers
-ABSENT, RESIDENT = 0, 2  # states of a record
 
 
 class Placement:

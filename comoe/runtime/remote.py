@@ -21,14 +21,13 @@ import numpy as np
 from comoe import _C
 from comoe.policy.links import Links
 from comoe.policy.plan import Sizes
-from comoe.runtime.engine import RecordTable
-from comoe.runtime.missing import RESIDENT, MissHandler
+from comoe.runtime.engine import PREFETCH, RESIDENT, RecordTable
+from comoe.runtime.missing import MissHandler
 from comoe.tiers.fetcher import MOST_BYTES, THREADS, Fetcher
 from comoe.tiers.remote_store import RemoteStore
 
 WAIT_SECONDS = 0.1  # per step, for rungs where coarser ones are here
 TICK_SECONDS = 0.01
-PREFETCH = 1
 LATE = "it did not come in time"
 
 logger = logging.getLogger("comoe")

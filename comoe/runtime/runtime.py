@@ -28,6 +28,7 @@ from comoe.runtime.budget import LONG_STEP, Budget, ModelSizes, Step, memory_wit
 from comoe.runtime.compute import Compute
 from comoe.runtime.elsewhere import ExpertsElsewhere
 from comoe.runtime.engine import (
+    RESIDENT,
     Records,
     RecordTable,
     add_layer,
@@ -42,7 +43,7 @@ from comoe.runtime.live import Live
 from comoe.runtime.missing import MissHandler
 from comoe.runtime.network import Network, best_link
 from comoe.runtime.parts import Parts
-from comoe.runtime.placement import RESIDENT, Placement
+from comoe.runtime.placement import Placement
 from comoe.runtime.reader_core import ReaderCore
 from comoe.runtime.remote import Remote, fetch_bytes
 from comoe.runtime.spec import ExpertsSpec
